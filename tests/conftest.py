@@ -1,0 +1,62 @@
+"""Where the tests find checkpoints that other people's tools wrote.
+
+`fixtures/` holds cut-down copies of the reference checkpoints. When FP4CONV_REFERENCE names the folder of the whole
+ones, the same tests run on those.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+REFERENCE_VARIABLE = "FP4CONV_REFERENCE"
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[str], Path]:
+    """`reference(name)`: the folder of a reference checkpoint, whole where it is to be had, else its cut-down copy.
+
+    A checkpoint that fixtures/ does not hold skips the test by name.
+    """
+    root = _full_root()
+
+    def find(name: str) -> Path:
+        if root is None and not (FIXTURES / name).is_dir():
+            pytest.skip(f"fixtures/ does not hold {name}; {REFERENCE_VARIABLE} would name the folder that does")
+        return _existing(FIXTURES if root is None else root, name)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def full_reference() -> Callable[[str], Path]:
+    """`full_reference(name)`: the whole reference checkpoint; skips the test by name where it is not to be had."""
+    root = _full_root()
+
+    def find(name: str) -> Path:
+        if root is None:
+            pytest.skip(f"needs the whole {name}; set {REFERENCE_VARIABLE} to the folder of reference checkpoints")
+        return _existing(root, name)
+
+    return find
+
+
+def _full_root() -> Path | None:
+    text = os.environ.get(REFERENCE_VARIABLE)
+    if not text:
+        return None
+    root = Path(text).resolve()
+    if not root.is_dir():
+        pytest.fail(f"{REFERENCE_VARIABLE}={text} is not a folder")
+    return root
+
+
+def _existing(root: Path, name: str) -> Path:
+    folder = root / name
+    if not folder.is_dir():
+        pytest.fail(f"{root} holds no {name}")
+    return folder
