@@ -248,7 +248,7 @@ def _check_cover(spans: Sequence[tuple[int, int, str, TensorSpec]], data_bytes: 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """A shard to be written: `header` are the file's first bytes, `tensors` come in file order, `nbytes` is all of it."""
+    """A shard to be written: `header` are the file's first bytes, `tensors` are in file order, `nbytes` is all."""
 
     header: bytes
     tensors: tuple[TensorRef, ...]
