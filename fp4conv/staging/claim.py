@@ -1,0 +1,152 @@
+"""Taking hold of DST.partial: every refusal comes before the first write, and old leftovers are mended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp4conv.errors import OutputError, ResumeError
+from fp4conv.staging.journal import JOURNAL_NAME, Journal
+from fp4conv.staging.output import Staging, discard
+from fp4conv.staging.places import (
+    Places,
+    check_apart,
+    check_room,
+    is_inode,
+    make_parents,
+    remove_contents,
+    sync_folder,
+)
+
+
+def claim(
+    destination: Path, *, fingerprint: str, command: str, nbytes: int, source_root: Path | None, overwrite: bool
+) -> Staging:
+    """The staging area for this command: a new one, the one that it left, or a complete one to rename."""
+    places = Places.of(destination)
+    if source_root is not None:
+        check_apart(places, source_root)
+    _check_kind(places)
+    committed = _settle_target(places, fingerprint)
+    if committed is not None:
+        return Staging(places, committed, root=places.target, made=(), overwrite=overwrite)
+    journal = _open_partial(places)
+    if journal is None:
+        _check_target(places, overwrite)
+        check_room(places, nbytes)
+        return _begin(places, fingerprint, command, overwrite)
+    try:
+        _resume(places, journal, fingerprint=fingerprint, command=command, nbytes=nbytes, overwrite=overwrite)
+    except BaseException:
+        journal.close()
+        raise
+    return Staging(places, journal, root=places.partial, made=(), overwrite=overwrite)
+
+
+def _check_kind(places: Places) -> None:
+    for path in (places.target, places.partial):
+        if path.is_symlink():
+            found = "is a symbolic link, which a rename would replace"
+            raise OutputError(found, where=str(path), hint="Give the folder that it leads to.")
+        if path.exists() and not path.is_dir():
+            raise OutputError("is a file, expected a folder to make", where=str(path), hint="Give another destination.")
+
+
+def _settle_target(places: Places, fingerprint: str) -> Journal | None:
+    """Mend a DST whose run was killed after its rename; its journal when it is what this command makes."""
+    path = places.target / JOURNAL_NAME
+    if not path.is_file():
+        return None
+    journal = Journal(path)
+    if journal.complete and journal.fingerprint == fingerprint:
+        return journal
+    try:
+        if journal.complete:
+            if is_inode(places.replaced, journal.replaces):
+                remove_contents(places.replaced, keep="")
+                places.replaced.rmdir()
+            path.unlink()
+    finally:
+        journal.close()
+    return None
+
+
+def _open_partial(places: Places) -> Journal | None:
+    """The journal of DST.partial, None when there is no such folder or nothing in it."""
+    partial = places.partial
+    if not partial.exists() or not any(partial.iterdir()):
+        return None
+    if (partial / JOURNAL_NAME).is_file():
+        journal = Journal(partial / JOURNAL_NAME)
+        if journal.fingerprint is not None or [path.name for path in partial.iterdir()] == [JOURNAL_NAME]:
+            return journal
+        journal.close()
+    raise ResumeError(
+        "is in the way and has no journal that says what made it",
+        where=str(partial),
+        hint="Move it away, or give another destination.",
+    )
+
+
+def _resume(places: Places, journal: Journal, *, fingerprint: str, command: str, nbytes: int, overwrite: bool) -> None:
+    """Leave DST.partial ready to go on with, and an old DST that a killed swap moved away back in its place."""
+    same = journal.fingerprint == fingerprint
+    moved = not places.target.exists() and is_inode(places.replaced, journal.replaces)
+    if same and moved:
+        return  # killed between the two renames: commit does the second
+    if moved:
+        places.replaced.rename(places.target)
+    if journal.fingerprint is not None and not same and not overwrite:
+        raise ResumeError(
+            f"is the half-done output of another command or of a source that has changed since:\n    {journal.command}",
+            where=str(places.partial),
+            hint=f"Run that command to go on with it, delete {places.partial}, or add --overwrite.",
+        )
+    _check_target(places, overwrite)
+    if not journal.complete or not same:
+        check_room(places, nbytes)
+    if not same:
+        remove_contents(places.partial, keep=JOURNAL_NAME)
+        journal.begin(fingerprint, command)
+
+
+def _check_target(places: Places, overwrite: bool) -> None:
+    if not places.target.exists():
+        return
+    if not overwrite:
+        hint = "Give another destination, or add --overwrite: the old one stays until the new one is whole."
+        raise OutputError("exists already", where=str(places.target), hint=hint)
+    if places.replaced.exists() or places.replaced.is_symlink():
+        found = f"is in the way: {places.target.name} is moved there while it is overwritten"
+        raise OutputError(found, where=str(places.replaced), hint="Move it away.")
+
+
+def _begin(places: Places, fingerprint: str, command: str, overwrite: bool) -> Staging:
+    made = make_parents(places)
+    try:
+        try:
+            places.partial.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror}", where=str(places.partial)) from error
+        journal = Journal(places.partial / JOURNAL_NAME)
+    except BaseException:
+        if not any(places.partial.iterdir() if places.partial.exists() else ()):
+            _give_up(places, made)
+        raise
+    try:
+        journal.begin(fingerprint, command)
+        sync_folder(places.partial)
+        sync_folder(places.target.parent)
+    except BaseException as error:
+        discard(places, made)
+        journal.close()
+        if isinstance(error, OSError):
+            raise OutputError(f"cannot be written: {error.strerror}", where=str(places.partial)) from error
+        raise
+    return Staging(places, journal, root=places.partial, made=made, overwrite=overwrite)
+
+
+def _give_up(places: Places, made: tuple[Path, ...]) -> None:
+    if places.partial.exists():
+        places.partial.rmdir()
+    for folder in reversed(made):
+        folder.rmdir()

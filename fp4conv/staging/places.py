@@ -1,0 +1,123 @@
+"""The three names of one output folder, and the file-system questions about them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4conv.errors import OutputError
+
+
+@dataclass(frozen=True)
+class Places:
+    """`target` is DST; `partial` the folder that is being made; `replaced` the old DST on its way out."""
+
+    target: Path
+    partial: Path
+    replaced: Path
+
+    @classmethod
+    def of(cls, destination: Path) -> Places:
+        """Absolute, with every link in the parents resolved; the parents need not exist."""
+        name = destination.name
+        if name in ("", "..") or "\0" in str(destination):
+            hint = "Give the name of a folder to make."
+            raise OutputError("is not a name for a new folder", where=repr(str(destination)), hint=hint)
+        parent = destination.parent.resolve()
+        return cls(parent / name, parent / f"{name}.partial", parent / f"{name}.replaced")
+
+
+def check_apart(places: Places, source_root: Path) -> None:
+    """OutputError when source and output overlap, by whatever links or spelling: compared by inode."""
+    hint = "Give a destination outside the source: the source is never written to."
+    source = source_root.resolve()
+    if any(same_folder(folder, source) for folder in (places.target, *places.target.parents)):
+        same = same_folder(places.target, source)
+        found = "is the source itself" if same else f"lies inside the source {source_root}"
+        raise OutputError(found, where=str(places.target), hint=hint)
+    for own in (places.target, places.partial, places.replaced):
+        if any(same_folder(folder, own) for folder in (source, *source.parents)):
+            raise OutputError(f"the source {source_root} lies inside it", where=str(own), hint=hint)
+
+
+def same_folder(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def is_inode(path: Path, inode: int | None) -> bool:
+    """Whether `path` is the folder that had this inode under its old name: a rename keeps it."""
+    try:
+        return path.lstat().st_ino == inode
+    except OSError:
+        return False
+
+
+def nearest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def allocated_bytes(folder: Path) -> int:
+    """Disk space that the files below `folder` take now; 0 when there is no such folder."""
+    return sum(path.lstat().st_blocks * 512 for path in _below(folder))
+
+
+def check_room(places: Places, nbytes: int) -> None:
+    """OutputError when the disk cannot hold `nbytes` more than what DST.partial already has."""
+    needed = nbytes - allocated_bytes(places.partial)
+    free = shutil.disk_usage(nearest_existing(places.target.parent)).free
+    if needed > free:
+        raise OutputError(
+            f"the disk is too small: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            where=str(places.target),
+            hint="Free some space, or write to another disk.",
+        )
+
+
+def make_parents(places: Places) -> tuple[Path, ...]:
+    """Make the folders above DST that are missing; returns those, outermost first."""
+    missing = [folder for folder in places.target.parent.parents if not folder.exists()][::-1]
+    if not places.target.parent.exists():
+        missing.append(places.target.parent)
+    for number, folder in enumerate(missing):
+        try:
+            folder.mkdir()
+        except OSError as error:
+            for made in reversed(missing[:number]):
+                made.rmdir()
+            raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from error
+    return tuple(missing)
+
+
+def remove_contents(folder: Path, *, keep: str) -> None:
+    """Remove everything in `folder` but the file called `keep`."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != keep:
+            path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the folder's own entries are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Return when every file and folder below, and `folder` itself, are on the disk."""
+    for path in _below(folder):
+        sync_folder(path)
+    sync_folder(folder)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_symlink())
