@@ -1,0 +1,133 @@
+"""A local folder as a checkpoint: every tensor's place, the small files, a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fp4conv.errors import SourceError
+from fp4conv.model import JSON
+from fp4conv.safetensors_io import Header, Reader, TensorRef, read_header
+from fp4conv.sources.listing import FileEntry, list_files, parse_object
+from fp4conv.sources.weights import ADAPTER, WeightFiles, choose_weights, compare_index
+
+SMALL_FILE_BYTES = 64 * 2**20  # the largest tokenizers take about half of that
+_HUB_ID = re.compile(r"(hf://)?[\w.-]+/[\w.-]+(@[\w./-]+)?(/[\w./-]+)?")
+
+
+class LocalSource:
+    """A folder with safetensors files and configs. Headers are read once, here; tensors by `reader()`.
+
+    `name` is for printing. `tensors` maps every tensor's name to its place, in natural order of the files and
+    then by offset. `warnings` are things that a careful user wants to know and that stop nothing.
+    """
+
+    def __init__(self, root: Path, weight_files: Sequence[str] | None = None, *, name: str | None = None) -> None:
+        """`weight_files`: read just these; None leaves the choice to the index or the names."""
+        self.root = root
+        self.name = str(root) if name is None else name
+        listed, notes = list_files(root)
+        chosen = choose_weights(root, listed) if weight_files is None else WeightFiles(tuple(weight_files))
+        self.files = tuple(
+            FileEntry(entry.name, entry.nbytes, entry.mtime_ns, entry.name in chosen.files) for entry in listed
+        )
+        for file in chosen.files:
+            self._entry(file)
+        self._headers = {file: read_header(root / file, file) for file in chosen.files}
+        self.tensors: Mapping[str, TensorRef] = _collect(self._headers)
+        self.warnings = (*notes, *chosen.warnings, *compare_index(chosen, self.tensors))
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The `__metadata__` strings of all weight files; the first file that has a key decides."""
+        merged: dict[str, str] = {}
+        for header in self._headers.values():
+            merged = {**header.metadata, **merged}
+        return merged
+
+    def reader(self) -> Reader:
+        return Reader(self.root)
+
+    def read_bytes(self, name: str, limit: int = SMALL_FILE_BYTES) -> bytes:
+        """The bytes of a file that `files` lists; SourceError when it is missing or larger than `limit` bytes."""
+        entry = self._entry(name)
+        if entry.nbytes > limit:
+            raise SourceError(f"has {entry.nbytes:,} bytes, at most {limit:,} were expected", where=name)
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise SourceError(f"cannot be read: {error.strerror}", where=name) from error
+
+    def json(self, name: str) -> dict[str, JSON] | None:
+        """The JSON object in file `name`; None when there is no such file."""
+        if not any(entry.name == name for entry in self.files):
+            return None
+        return parse_object(self.read_bytes(name), name)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every file's name, size and time, the headers, and the bytes of small JSON files.
+
+        Another fingerprint means that a half-done conversion cannot go on from here.
+        """
+        digest = hashlib.sha256()
+        for entry in self.files:
+            digest.update(f"{entry.name}\0{entry.nbytes}\0{entry.mtime_ns}\0{int(entry.weights)}\0".encode())
+            if entry.weights:
+                digest.update(self._headers[entry.name].digest.encode())
+            elif entry.name.endswith(".json") and entry.nbytes <= SMALL_FILE_BYTES:
+                digest.update(hashlib.sha256(self.read_bytes(entry.name)).digest())
+        return digest.hexdigest()
+
+    def _entry(self, name: str) -> FileEntry:
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise SourceError("no such file in the folder", where=f"{self.name}: {name}")
+
+
+def open_source(text: str | Path) -> LocalSource:
+    """Open the checkpoint in folder `text`: reads directory entries, headers and the index, no tensor."""
+    root = _existing_folder(text)
+    return LocalSource(root, name=str(text))
+
+
+def open_adapter(text: str | Path) -> LocalSource:
+    """Open a peft adapter's folder: the tensors of its adapter_model.safetensors."""
+    root = _existing_folder(text)
+    if not (root / ADAPTER).exists():
+        raise SourceError(f"has no {ADAPTER}", where=str(text), hint="Give the folder that peft saved the adapter in.")
+    return LocalSource(root, (ADAPTER,), name=str(text))
+
+
+def _existing_folder(text: str | Path) -> Path:
+    root = Path(text)
+    where = str(text)
+    if "\0" in where:
+        raise SourceError("a path cannot have a NUL character", where=repr(where))
+    if root.is_dir():
+        return root.resolve()
+    if root.exists():
+        raise SourceError("is a file, expected a folder", where=where, hint=f"Give the folder: {root.parent}")
+    hint = "Give the folder that has config.json and the safetensors files."
+    if isinstance(text, str) and _HUB_ID.fullmatch(text):
+        hint = (
+            "Hub ids are not supported yet: download the model first, then give its folder:\n"
+            f"  hf download {text.removeprefix('hf://')} --local-dir FOLDER"
+        )
+    raise SourceError("no such folder", where=where, hint=hint)
+
+
+def _collect(headers: Mapping[str, Header]) -> dict[str, TensorRef]:
+    tensors: dict[str, TensorRef] = {}
+    for header in headers.values():
+        for ref in header.tensors:
+            if ref.name in tensors:
+                raise SourceError(
+                    f"tensor {ref.name!r} is also in {tensors[ref.name].file}",
+                    where=ref.file,
+                    hint="Two sets of weights lie in the folder: move one of them away.",
+                )
+            tensors[ref.name] = ref
+    return tensors

@@ -1,0 +1,161 @@
+"""Which files of a folder are its weights: the index decides, and without one the names do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4conv.errors import SourceError
+from fp4conv.model import JSON
+from fp4conv.safetensors_io import TensorRef
+from fp4conv.sources.listing import INDEX_SUFFIX, SUFFIX, FileEntry, natural_key, parse_object
+
+ADAPTER = "adapter_model.safetensors"
+_MODEL = "model.safetensors"
+_SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    files: tuple[str, ...]
+    index: str = ""
+    weight_map: Mapping[str, str] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def choose_weights(root: Path, listed: Sequence[FileEntry]) -> WeightFiles:
+    names = [entry.name for entry in listed]
+    shards = [name for name in names if name.endswith(SUFFIX)]
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if indexes:
+        return _choose_by_index(root, shards, indexes)
+    if _MODEL in shards:
+        return WeightFiles((_MODEL,), warnings=_unread([name for name in shards if name != _MODEL], _MODEL))
+    weights = [name for name in shards if name != ADAPTER]
+    if not weights:
+        raise _no_weights(root, names)
+    main = [name for name in weights if not name.startswith("consolidated")] or weights
+    _check_numbering(main)
+    return WeightFiles(tuple(main))
+
+
+def _choose_by_index(root: Path, shards: Sequence[str], indexes: Sequence[str]) -> WeightFiles:
+    index = _MODEL + ".index.json" if _MODEL + ".index.json" in indexes else indexes[0]
+    warnings = [f"{name}: not read, {index} is" for name in indexes if name != index]
+    if len(indexes) > 1 and index != _MODEL + ".index.json":
+        raise SourceError(
+            f"several indexes and none is {_MODEL}.index.json: {', '.join(indexes)}",
+            where=str(root),
+            hint="Leave just the one that names the weights.",
+        )
+    try:
+        raw = (root / index).read_bytes()
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", where=index) from error
+    found = parse_object(raw, index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise SourceError("its weight_map must map tensor names to shards", where=index, hint="Download it again.")
+    weight_map: dict[str, str] = {}
+    for tensor, shard in found.items():
+        weight_map[tensor] = _check_shard_name(shard, tensor, index)
+    files = sorted(set(weight_map.values()), key=natural_key)
+    missing = [file for file in files if file not in shards]
+    if missing:
+        raise SourceError(
+            f"names {len(files)} shards, {len(missing)} are missing: {_some(missing)}",
+            where=index,
+            hint="The download is not complete: download the missing files.",
+        )
+    warnings += _unread([name for name in shards if name not in files], index)
+    return WeightFiles(tuple(files), index, weight_map, tuple(warnings))
+
+
+def _check_shard_name(shard: JSON, tensor: str, index: str) -> str:
+    """A shard is a plain file name: nothing that could lead out of the folder, on any system."""
+    if isinstance(shard, str) and shard.endswith(SUFFIX) and shard[0] != "." and not set(shard) & set("/\\:\0"):
+        return shard
+    raise SourceError(
+        f"tensor {tensor!r} is said to lie in {str(shard)[:200]!r}",
+        where=index,
+        hint=f"A shard must be a plain *{SUFFIX} file name in the same folder: do not trust this index.",
+    )
+
+
+def _unread(names: Sequence[str], chosen: str) -> tuple[str, ...]:
+    """A warning for weights that nothing names; adapters and Mistral's consolidated copies are well known."""
+    strange = [name for name in names if name != ADAPTER and not name.startswith("consolidated")]
+    return (f"not read, since {chosen} decides what the weights are: {_some(strange)}",) if strange else ()
+
+
+def _check_numbering(names: Sequence[str]) -> None:
+    """Without an index only the names can tell that a shard is missing: NUMBER-of-TOTAL, counted from 1 or 0."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        match = _SHARD_NAME.fullmatch(name)
+        if match:
+            sets.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
+    for (stem, total), found in sets.items():
+        # gpt-oss counts from zero and calls the last number the total: 00000-of-00002 is one of three.
+        expected = set(range(total)) if 0 in found else set(range(1, total + 1))
+        missing = sorted(expected - found)
+        if missing:
+            raise SourceError(
+                f"of {total} shards {len(missing)} are missing: number {_some([str(number) for number in missing])}",
+                where=f"{stem}-*{SUFFIX}",
+                hint="The download is not complete: download the missing files and the index.",
+            )
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _no_weights(root: Path, names: Sequence[str]) -> SourceError:
+    where = str(root)
+    if ADAPTER in names or "adapter_config.json" in names:
+        return SourceError(
+            "this is a LoRA adapter: it has no model weights of its own",
+            where=where,
+            hint="Give the base model as the source and the adapter as --lora ADAPTER.",
+        )
+    found = [path for path in root.glob("*/*" + SUFFIX) if path.name != ADAPTER]
+    nested = sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
+    if nested:
+        hint = f"The folder {nested[0]} in it has some: give {root / nested[0]}"
+        return SourceError("there are no safetensors files at the top of the folder", where=where, hint=hint)
+    for suffixes, kind, hint in (
+        ((".gguf",), "GGUF files, which fp4conv does not read", "Get the safetensors release of the model."),
+        (
+            (".bin", ".pt", ".pth"),
+            "PyTorch pickles, which can run code and are never opened",
+            "Save the model as safetensors first: model.save_pretrained(FOLDER, safe_serialization=True)",
+        ),
+    ):
+        pickles = [name for name in names if name.endswith(suffixes)]
+        if pickles:
+            return SourceError(f"there are no safetensors files, only {kind}: {_some(pickles)}", where=where, hint=hint)
+    holds = f"it holds {_some(names)}" if names else "it is empty"
+    hint = "Give the folder that has config.json and the safetensors files."
+    return SourceError(f"there are no safetensors files in the folder; {holds}", where=where, hint=hint)
+
+
+def compare_index(chosen: WeightFiles, tensors: Mapping[str, TensorRef]) -> tuple[str, ...]:
+    """Warnings; SourceError where the index promises what the shards do not hold."""
+    if chosen.weight_map is None:
+        return ()
+    for name, shard in chosen.weight_map.items():
+        ref = tensors.get(name)
+        if ref is None or ref.file != shard:
+            found = "no shard has it" if ref is None else f"it is in {ref.file}"
+            raise SourceError(
+                f"tensor {name!r} should be in {shard}, but {found}",
+                where=chosen.index,
+                hint="The index and the shards are not of one download: download both again.",
+            )
+    extra = [name for name in tensors if name not in chosen.weight_map]
+    if not extra:
+        return ()
+    return (f"{chosen.index}: does not name {len(extra)} tensors that its shards hold, taken along: {_some(extra)}",)
