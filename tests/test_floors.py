@@ -27,8 +27,12 @@ FLOORS = {
     "model": 3,
     "servers": 3,
     "layouts": 4,
+    "selection": 4,
+    "companions": 5,
     "hub": 5,
+    "input_scales": 5,
     "plan": 5,
+    "planner": 5,
     "sources": 5,
     "staging": 5,
     "synthetic": 5,
@@ -52,8 +56,7 @@ def test_imports_go_down_or_sideways() -> None:
 def test_each_floor_is_lived_in_by_someone() -> None:
     """A renamed module leaves a stale row; a row for a room that is yet to be built is named here."""
     yet_to_come = {
-        "", "__main__", "cli", "families", "hub", "lora", "model", "pipeline", "plan", "qat", "servers", "sources",
-        "staging", "synthetic", "safetensors_io",
+        "", "__main__", "cli", "hub", "lora", "pipeline", "qat", "servers"
     }  # fmt: skip
     rooms = {name.partition(".")[0] for name in package_modules(PACKAGE)}
     assert set(FLOORS) - rooms <= yet_to_come
