@@ -1,0 +1,248 @@
+"""The kernels as the rest of fp4conv calls them: Numba, one pass, free of the GIL, bit-equal to `reference`.
+
+Conventions of every function. A logical matrix is [N, K]; blocks run along K; an array flagged `kn` is stored
+[K, N] instead. Arrays are C-contiguous and may be read-only where they are inputs. BF16 is held as uint16 bits,
+E4M3 and E8M0 scales as uint8. `packed` is uint8, two codes a byte along K, the even K in the low nibble: [N, K/2]
+or [K/2, N]. `scales` is uint8 [N, K/g] or [K/g, N]. A position is the flat logical index n * K + k, or -1 for none.
+
+`signal` and `noise` (float64 [N], overwritten) are the sums over a row of x^2 and of (x - decoded)^2. The terms of
+a block are added in halves (first half onto second, until one is left), the blocks of a row from left to right.
+
+A call works on one thread and releases the GIL; run several for several cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fp4conv.formats import MXFP4, NVFP4, ScaleRule, Ties
+from fp4conv.kernels import decode as _decode
+from fp4conv.kernels import encode as _encode
+from fp4conv.kernels import scan as _scan
+from fp4conv.kernels import transcode as _transcode
+from fp4conv.kernels.compute import RULES, SMALL_TENSOR_SCALE, TO_EVEN_CODES
+from fp4conv.kernels.contract import (
+    F32,
+    F64,
+    U8,
+    Source,
+    Target,
+    check_decode,
+    check_encode,
+    check_tensor_scale,
+    check_transcode,
+)
+from fp4conv.kernels.jit import cache_note, is_cold
+from fp4conv.kernels.window import choose_window, new_window_counts
+
+__all__ = [
+    "amax",
+    "cache_note",
+    "cast_bf16_to_f32",
+    "cast_f32_to_bf16",
+    "choose_window",
+    "count_nonfinite",
+    "decode_mxfp4",
+    "decode_nvfp4",
+    "encode_mxfp4",
+    "encode_nvfp4",
+    "is_cold",
+    "new_window_counts",
+    "transcode_mxfp4_nvfp4",
+    "window_counts",
+]
+
+
+def encode_mxfp4(
+    x: Source,
+    x_kn: bool,
+    rule: ScaleRule,
+    ties: Ties,
+    packed: U8,
+    scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool = False,
+) -> int:
+    """Encode `x` (uint16 BF16 bits or float32) to MXFP4; K is a multiple of 32.
+
+    Every rule of `formats.MXFP4.rules`; MSE is the optimum over all 255 scales, the smaller of equals. Codes keep
+    the sign bit of x, so -0.0 and negatives that round to zero give code 8. A block of zeros gets scale byte 0.
+
+    Returns -1, or the position of the first NaN or Inf; the outputs are then unspecified.
+    """
+    n, k = check_encode(MXFP4, x, x_kn, rule, packed, scales, signal, noise, out_kn)
+    bits, shift = _float_bits(x)
+    done = _encode.encode_mx(
+        bits, shift, n, k, x_kn, RULES[rule], TO_EVEN_CODES[ties],
+        packed.reshape(-1), scales.reshape(-1), signal, noise, out_kn,
+    )  # fmt: skip
+    return -1 if done else int(_scan.first_nonfinite(bits, shift, n, k, x_kn))
+
+
+def encode_nvfp4(
+    x: Source,
+    x_kn: bool,
+    tensor_scale: float,
+    rule: ScaleRule,
+    ties: Ties,
+    packed: U8,
+    scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool = False,
+) -> int:
+    """Encode `x` (uint16 BF16 bits or float32) to NVFP4 under a given tensor scale; K is a multiple of 16.
+
+    Every rule of `formats.NVFP4.rules`. AMAX is E4M3(amax / (6 x tensor scale)) in F32, clamped to 2^-9 .. 448;
+    FOUR_OVER_SIX puts amax on 6 or on 4, whichever errs less; MSE is the optimum over all 126 scales; ties go to
+    the smaller scale. The code is the rounded F32 quotient x / F32(block scale x tensor scale), its sign bit is
+    quotient < 0, so -0.0 gives code 0. A block of zeros gets scale 1.0.
+
+    `tensor_scale` is a float32 value within contract.MIN_TENSOR_SCALE .. MAX_TENSOR_SCALE.
+    Returns -1, or the position of the first NaN or Inf; the outputs are then unspecified.
+    """
+    n, k = check_encode(NVFP4, x, x_kn, rule, packed, scales, signal, noise, out_kn)
+    ts = check_tensor_scale(tensor_scale)
+    bits, shift = _float_bits(x)
+    from_top = bool(ties is Ties.DOWN or ts < SMALL_TENSOR_SCALE)
+    done = _encode.encode_nv(
+        bits, shift, n, k, x_kn, ts, RULES[rule], from_top, TO_EVEN_CODES[ties],
+        packed.reshape(-1), scales.reshape(-1), signal, noise, out_kn,
+    )  # fmt: skip
+    return -1 if done else int(_scan.first_nonfinite(bits, shift, n, k, x_kn))
+
+
+def decode_mxfp4(packed: U8, scales: U8, packed_kn: bool, out: Target, out_kn: bool = False) -> int:
+    """Decode MXFP4 to `out`: uint16 (BF16 bits) or float32; exact, the sign of zero included.
+
+    Returns -1, or the position of the first value that is not finite: scale byte 255 (NaN), or an overflow, which
+    bytes 253 and 254 can cause.
+    """
+    n, k, length = check_decode(packed, scales, packed_kn, out, out_kn, (MXFP4.block,))
+    return _run_decode(packed, scales, (n, k, length), packed_kn, True, np.float32(1), out, out_kn)
+
+
+def decode_nvfp4(
+    packed: U8, scales: U8, packed_kn: bool, tensor_scale: float, out: Target, out_kn: bool = False
+) -> int:
+    """Decode NVFP4 to `out`: uint16 (BF16 bits) or float32. The block length (16 or 32) follows from the shapes.
+
+    A value is F32(code x F32(block scale x tensor scale)), rounded once more, ties to even, for BF16. That is
+    ModelOpt's order of operations; code 8 gives -0.0.
+
+    Returns -1, or the position of the first value that is not finite (a NaN scale, or an overflow).
+    """
+    n, k, length = check_decode(packed, scales, packed_kn, out, out_kn, (16, 32))
+    return _run_decode(packed, scales, (n, k, length), packed_kn, False, np.float32(tensor_scale), out, out_kn)
+
+
+def amax(x: Source) -> tuple[float, int]:
+    """The largest finite |x| (0.0 of none) of an array of any shape, and the flat index of the first NaN or Inf or -1."""
+    bits, shift = _float_bits(x)
+    largest = int(_scan.largest_bits(bits, shift))
+    first = -1
+    if largest >= 0x7F800000:
+        largest = int(_scan.largest_finite_bits(bits, shift))
+        first = int(_scan.first_nonfinite(bits, shift, 1, bits.size, False))
+    return float(np.uint32(largest).view(np.float32)), first
+
+
+def count_nonfinite(x: Source) -> int:
+    """How many values of an array of any shape are NaN or Inf."""
+    return int(_scan.nonfinite(*_float_bits(x)))
+
+
+def cast_f32_to_bf16(x: F32, out: npt.NDArray[np.uint16]) -> int:
+    """Round float32 to BF16 bits, ties to even, NaN to a quiet NaN; any shape.
+
+    Returns -1, or the flat index of the first finite value that became Inf.
+    """
+    assert x.dtype == np.float32 and out.dtype == np.uint16 and x.shape == out.shape and out.flags.c_contiguous
+    return int(_scan.to_bf16(_float_bits(x)[0], out.reshape(-1)))
+
+
+def cast_bf16_to_f32(x: npt.NDArray[np.uint16], out: F32) -> int:
+    """Widen BF16 bits to float32, exactly; any shape. Returns -1."""
+    assert x.dtype == np.uint16 and out.dtype == np.float32 and x.shape == out.shape and out.flags.c_contiguous
+    _scan.to_f32(_float_bits(x)[0], out.reshape(-1).view(np.int32))
+    return -1
+
+
+def window_counts(packed: U8, scales: U8, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> int:
+    """Add to `starts` and `ends` the interval of exponents m that holds each 16-value half of MXFP4 [N, K].
+
+    A half of scale 2^k is held under tensor scale 2^m when, for some shift d that turns each of its nonzero
+    magnitudes v into another code v x 2^-d, the block scale 2^(k + d - m) is a power of two in E4M3. The interval
+    lo..hi adds 1 to starts[lo + WINDOW_OFFSET] and ends[hi + WINDOW_OFFSET]. Halves of zeros count nowhere.
+
+    Returns -1, or the position of the first value under scale byte 255 (the counts are then unspecified).
+    """
+    assert packed.dtype == np.uint8 and scales.dtype == np.uint8 and packed.size == 16 * scales.size
+    block = int(_transcode.count_windows(_flat(packed), _flat(scales), starts, ends))
+    return -1 if block < 0 else block * MXFP4.block
+
+
+def transcode_mxfp4_nvfp4(
+    packed: U8,
+    scales: U8,
+    m: int,
+    out_packed: U8,
+    out_scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool = False,
+) -> int:
+    """MXFP4 [N, K/2], [N, K/32] to NVFP4 under tensor scale 2^m, exactly wherever NVFP4 can hold the values.
+
+    A half that can be held gets block scale 2^(k + d - m) with the smallest |d| and its codes shifted by d (d = 0
+    copies them); signs are kept, those of zeros too. A half of zeros gets scale 1.0 and its codes. Any other half is
+    encoded by NVFP4's MSE rule, ties to even, from its exact values.
+
+    Returns the number of halves not held, or -1 - p for the position p of the first value under scale byte 255, or
+    of a value that is to be re-encoded and overflows float32.
+    """
+    n, k = check_transcode(packed, scales, m, out_packed, out_scales, signal, noise, out_kn)
+    return int(
+        _transcode.transcode(
+            _flat(packed), _flat(scales), n, k, m, out_packed.reshape(-1), out_scales.reshape(-1), signal, noise, out_kn
+        )
+    )
+
+
+def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A flat read-only view, so that a kernel compiles once for arrays that can be written and those that cannot."""
+    assert array.flags.c_contiguous, "a kernel takes C-contiguous arrays only"
+    view = array.reshape(-1).view()
+    view.flags.writeable = False
+    return view
+
+
+def _float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
+    """(flat bits, shift): BF16 as uint16 to be shifted left by 16, float32 as int32."""
+    if x.dtype == np.uint16:
+        return _flat(x), 16
+    assert x.dtype == np.float32, f"a kernel takes BF16 bits (uint16) or float32, not {x.dtype}"
+    return _flat(x).view(np.int32), 0
+
+
+def _run_decode(
+    packed: U8,
+    scales: U8,
+    shape: tuple[int, int, int],
+    packed_kn: bool,
+    mx: bool,
+    tensor_scale: np.float32,
+    out: Target,
+    out_kn: bool,
+) -> int:
+    n, k, length = shape
+    flat = out.reshape(-1)
+    bits, shift = (flat, 16) if out.dtype == np.uint16 else (flat.view(np.int32), 0)
+    finite = _decode.decode(
+        _flat(packed), _flat(scales), n, k, length, packed_kn, mx, tensor_scale, bits, shift, out_kn
+    )
+    return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, out_kn))

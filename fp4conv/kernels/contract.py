@@ -1,0 +1,101 @@
+"""What every kernel demands of its arrays: types, shapes, contiguity, the range of a tensor scale.
+
+Shared by the oracle and the compiled kernels, so that both refuse the same calls. A broken demand is a
+bug of the caller, hence `assert`: the layers above have checked the user's data long before.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fp4conv.formats import BlockFormat, ScaleRule
+from fp4conv.kernels.window import TENSOR_EXPONENTS
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+F32: TypeAlias = npt.NDArray[np.float32]
+F64: TypeAlias = npt.NDArray[np.float64]
+Source: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.float32]  # BF16 bits or float32
+Target: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+
+# Between these the F32 product with every E4M3 scale is neither zero nor infinite.
+MIN_TENSOR_SCALE = 2.0**-140
+MAX_TENSOR_SCALE = 2.0**119
+
+
+def logical(shape: tuple[int, ...], kn: bool) -> tuple[int, int]:
+    """(rows N, columns K) of a 2-D array that is stored [N, K], or [K, N] when `kn`."""
+    assert len(shape) == 2, f"expected a 2-D array, found shape {shape}"
+    return (shape[1], shape[0]) if kn else (shape[0], shape[1])
+
+
+def _check(name: str, array: npt.NDArray[np.generic], shape: tuple[int, int], kn: bool, *dtypes: type) -> None:
+    assert array.dtype in [np.dtype(d) for d in dtypes], f"{name} has dtype {array.dtype}"
+    assert array.flags.c_contiguous, f"{name} is not C-contiguous"
+    assert logical(array.shape, kn) == shape, f"{name} has shape {array.shape}, expected (N, K) = {shape}, kn={kn}"
+
+
+def _check_sums(rows: int, signal: F64, noise: F64) -> None:
+    for name, sums in (("signal", signal), ("noise", noise)):
+        assert sums.dtype == np.float64 and sums.shape == (rows,) and sums.flags.c_contiguous, name
+
+
+def check_encode(
+    fmt: BlockFormat,
+    x: Source,
+    x_kn: bool,
+    rule: ScaleRule,
+    packed: U8,
+    scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool,
+) -> tuple[int, int]:
+    """Assert that the arrays of an encode call fit together; returns (N, K)."""
+    assert rule in fmt.rules, f"{fmt.name} has no rule {rule}"
+    n, k = logical(x.shape, x_kn)
+    assert k % fmt.block == 0, f"K = {k} is not a multiple of {fmt.block}"
+    _check("x", x, (n, k), x_kn, np.uint16, np.float32)
+    _check("packed", packed, (n, k // 2), out_kn, np.uint8)
+    _check("scales", scales, (n, k // fmt.block), out_kn, np.uint8)
+    _check_sums(n, signal, noise)
+    return n, k
+
+
+def check_decode(
+    packed: U8, scales: U8, packed_kn: bool, out: Target, out_kn: bool, block_lengths: tuple[int, ...]
+) -> tuple[int, int, int]:
+    """Assert that the arrays of a decode call fit together; returns (N, K, block length)."""
+    n, half_k = logical(packed.shape, packed_kn)
+    k, blocks = half_k * 2, logical(scales.shape, packed_kn)[1]
+    block = k // blocks if blocks else block_lengths[0]
+    assert block in block_lengths and block * blocks == k, f"{blocks} scales for K = {k}"
+    _check("packed", packed, (n, half_k), packed_kn, np.uint8)
+    _check("scales", scales, (n, blocks), packed_kn, np.uint8)
+    _check("out", out, (n, k), out_kn, np.uint16, np.float32)
+    return n, k, block
+
+
+def check_transcode(
+    packed: U8, scales: U8, m: int, out_packed: U8, out_scales: U8, signal: F64, noise: F64, out_kn: bool
+) -> tuple[int, int]:
+    """Assert that the arrays of an MXFP4 -> NVFP4 call fit together; returns (N, K)."""
+    assert TENSOR_EXPONENTS[0] <= m <= TENSOR_EXPONENTS[1], f"tensor scale 2^{m}"
+    n, half_k = logical(packed.shape, False)
+    assert half_k % 16 == 0, f"K = {2 * half_k} is not a multiple of 32"
+    _check("packed", packed, (n, half_k), False, np.uint8)
+    _check("scales", scales, (n, half_k // 16), False, np.uint8)
+    _check("out_packed", out_packed, (n, half_k), out_kn, np.uint8)
+    _check("out_scales", out_scales, (n, half_k // 8), out_kn, np.uint8)
+    _check_sums(n, signal, noise)
+    return n, 2 * half_k
+
+
+def check_tensor_scale(tensor_scale: float) -> np.float32:
+    """The tensor scale as float32; asserts that it is one, and within the range of the kernels."""
+    value = np.float32(tensor_scale)
+    assert float(value) == tensor_scale, f"tensor scale {tensor_scale!r} is not a float32"
+    assert MIN_TENSOR_SCALE <= value <= MAX_TENSOR_SCALE, f"tensor scale {tensor_scale!r} is out of range"
+    return value
