@@ -43,11 +43,7 @@ def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
             continue
         if path.is_symlink() and not _link_is_safe(path):
             if path.name.endswith((SUFFIX, "config.json", INDEX_SUFFIX)):
-                raise SourceError(
-                    f"is a link that leads out of the folder, to {path.readlink()}",
-                    where=path.name,
-                    hint="Replace the link by the file, or give the folder where the files are.",
-                )
+                raise _bad_link(path)
             if not path.is_dir():
                 warnings.append(f"{path.name}: left out, it is a link that leads out of the folder")
             continue
@@ -55,6 +51,14 @@ def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
         if stat.S_ISREG(status.st_mode):
             entries.append(FileEntry(path.name, status.st_size, status.st_mtime_ns))
     return tuple(entries), tuple(warnings)
+
+
+def _bad_link(path: Path) -> SourceError:
+    if not path.exists():
+        hint = "The download is not complete: download the file again."
+        return SourceError(f"is a link to {path.readlink()}, which is not there", where=path.name, hint=hint)
+    hint = "Replace the link by the file, or give the folder where the files are."
+    return SourceError(f"is a link that leads out of the folder, to {path.readlink()}", where=path.name, hint=hint)
 
 
 def _link_is_safe(path: Path) -> bool:

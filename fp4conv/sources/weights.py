@@ -14,7 +14,7 @@ from fp4conv.sources.listing import INDEX_SUFFIX, SUFFIX, FileEntry, natural_key
 
 ADAPTER = "adapter_model.safetensors"
 _MODEL = "model.safetensors"
-_SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d+)\.safetensors")
+_SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def _check_numbering(names: Sequence[str]) -> None:
             sets.setdefault((match["stem"], int(match["total"])), set()).add(int(match["number"]))
     for (stem, total), found in sets.items():
         # gpt-oss counts from zero and calls the last number the total: 00000-of-00002 is one of three.
-        expected = set(range(total)) if 0 in found else set(range(1, total + 1))
-        missing = sorted(expected - found)
+        expected = range(total) if 0 in found else range(1, total + 1)
+        missing = len(expected) - sum(number in expected for number in found)
         if missing:
+            first = next(number for number in expected if number not in found)
             raise SourceError(
-                f"of {total} shards {len(missing)} are missing: number {_some([str(number) for number in missing])}",
+                f"of {total} shards {missing} are missing, number {first} for one",
                 where=f"{stem}-*{SUFFIX}",
                 hint="The download is not complete: download the missing files and the index.",
             )
