@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fp4conv.errors import OutputError, SourceError
@@ -119,6 +119,7 @@ def test_e8m0_is_ordered_as_the_library_orders_it() -> None:
 def test_any_file_is_written_as_the_library_writes_it(
     specs: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str] | None
 ) -> None:
+    assume(specs or metadata != {})  # of which safetensors 0.8.0 makes a header that is no JSON
     arrays = {name: np.zeros(shape, numpy_dtype(dtype)) for name, (dtype, shape) in specs.items()}
     theirs = safetensors.numpy.save(arrays, metadata)
     layout = lay_out([(name, TensorSpec(*spec)) for name, spec in specs.items()], metadata)

@@ -242,7 +242,7 @@ def lay_out(
     assert len({name for name, _ in tensors}) == len(tensors), "a name comes twice"
     ordered = sorted(tensors, key=lambda tensor: (-_DTYPE_ORDER[tensor[1].dtype], tensor[0].encode()))
     entries: dict[str, object] = {}
-    if metadata:
+    if metadata is not None:
         entries[_METADATA] = dict(sorted(metadata.items()))
     end = 0
     for name, spec in ordered:
