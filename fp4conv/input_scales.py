@@ -1,0 +1,134 @@
+"""Scales of activations: NVFP4 input scales (W4A4) and FP8 KV-cache scales, stored, constant, or from a file.
+
+An input scale is input amax / 2688, a KV scale amax / 448. Servers run q/k/v and gate/up on one input, and
+all experts of a layer on one scale, so those take the largest amax of their set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+
+from fp4conv.errors import PlanError, SourceError
+from fp4conv.families import module_of, shared_set_of
+from fp4conv.formats import E4M3, NVFP4, NVFP4_AMAX_DIVISOR
+from fp4conv.layouts import Layout
+from fp4conv.layouts.parts import Part
+from fp4conv.model import Model
+from fp4conv.safetensors_io import Reader, TensorRef, TensorSpec, read_header
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_INPUT_AMAX, _KV = ".input_amax", {".k_amax": ".k_scale", ".v_amax": ".v_scale"}
+
+
+class InputScaleMode(str, Enum):
+    STORED = "stored"
+    NONE = "none"
+    CONSTANT = "constant"
+    FILE = "file"
+
+
+@dataclass(frozen=True)
+class InputScales:
+    """`amax`: from the file, tensor name -> value."""
+
+    mode: InputScaleMode = InputScaleMode.STORED
+    amax: Mapping[str, float] | None = None
+
+    @staticmethod
+    def from_file(path: Path) -> InputScales:
+        """Read F32 [] tensors `<module>.input_amax`, `<module>.k_amax`, `<module>.v_amax`; SourceError for others."""
+        amax: dict[str, float] = {}
+        with Reader(path.parent) as reader:
+            for ref in read_header(path, path.name).tensors:
+                if ref.spec.dtype != "F32" or ref.spec.elements != 1 or not ref.name.endswith((_INPUT_AMAX, *_KV)):
+                    raise SourceError(
+                        f"{ref.spec.dtype} {list(ref.spec.shape)}; expected F32 scalars <module>{_INPUT_AMAX}, .k_amax, .v_amax",
+                        where=f"{ref.name} ({path.name})",
+                        hint="such a file is what calibration writes",
+                    )
+                value = np.empty(1, np.float32)
+                reader.read_into(path.name, ref.offset, value)
+                amax[ref.name] = float(value[0])
+                if not (np.isfinite(value[0]) and value[0] > 0):
+                    raise SourceError(f"an amax of {value[0]}; expected finite and > 0", where=f"{ref.name} ({path.name})")
+        return InputScales(InputScaleMode.FILE, amax)
+
+
+def input_scales_for(
+    model: Model, chosen: frozenset[str], wanted: InputScales, layout: Layout
+) -> tuple[dict[str, TensorRef | bytes], list[str]]:
+    """Module -> its input scale (stored, or F32 bytes) for every chosen weight, or nothing; and warnings."""
+    stored = {_module(name): ref for name, ref in model.calibration.items() if name.endswith("input_scale")}
+    modules = [weight.module for weight in model.weights if weight.name in chosen]
+    takes = NVFP4.name in layout.formats
+    if wanted.mode in (InputScaleMode.CONSTANT, InputScaleMode.FILE) and not takes:
+        raise PlanError("only NVFP4 has input scales", hint="leave --input-scales out")
+    if wanted.mode is InputScaleMode.CONSTANT:
+        return dict.fromkeys(modules, _f32(1.0)), []
+    if wanted.mode is InputScaleMode.FILE:
+        return _from_amax(modules, wanted.amax or {}), []
+    if not stored:
+        return {}, []
+    if wanted.mode is InputScaleMode.NONE or not takes:
+        return {}, [f"the input scales of {len(stored)} modules are left out: the result has unquantised activations"]
+    without = [module for module in modules if module not in stored]
+    if without:
+        raise PlanError(
+            f"{len(stored)} modules have a stored input scale, {len(without)} that would be quantised have none",
+            where=without[0],
+            hint="leave the activations unquantised with --input-scales none, or give --input-scales FILE",
+        )
+    unused = sorted(set(stored) - set(modules))
+    notes = [f"the input scales of {len(unused)} modules that are not quantised are left out ({unused[0]})"] if unused else []
+    return {module: stored[module] for module in modules}, notes
+
+
+def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, TensorRef | bytes]:
+    given = {name.removesuffix(_INPUT_AMAX): value for name, value in amax.items() if name.endswith(_INPUT_AMAX)}
+    largest: dict[str, float] = {}
+    for module in modules:
+        if module not in given:
+            raise PlanError(f"the file has no {module}{_INPUT_AMAX}", where=module, hint="calibrate this model again")
+        key = _set_key(module)
+        largest[key] = max(largest.get(key, 0.0), given[module])
+    return {module: _f32(largest[_set_key(module)] / NVFP4_AMAX_DIVISOR) for module in modules}
+
+
+def _set_key(module: str) -> str:
+    """The set that runs on one input scale: fused siblings, over all experts of a layer."""
+    return _EXPERT.sub(".experts.*.", shared_set_of(module) or module)
+
+
+def kv_scale_drafts(
+    model: Model, wanted: InputScales, layout: Layout
+) -> tuple[list[tuple[Part, TensorRef | bytes]], list[str]]:
+    """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
+    scalar = TensorSpec("F32", ())
+    stored = [ref for name, ref in model.calibration.items() if name.endswith(tuple(_KV.values()))]
+    if wanted.mode is InputScaleMode.FILE and wanted.amax:
+        made: list[tuple[Part, TensorRef | bytes]] = []
+        for name, value in wanted.amax.items():
+            for suffix, scale in _KV.items():
+                if name.endswith(suffix):
+                    made.append((Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value)))
+        return made, []
+    if stored and NVFP4.name not in layout.formats:
+        return [], [f"{len(stored)} FP8 KV-cache scales are left out: the {layout.name} layout has no place for them"]
+    return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored], []
+
+
+def _module(input_scale_name: str) -> str:
+    """'X.input_scale' and 'P_input_scale' -> the module or parameter."""
+    return module_of(input_scale_name.removesuffix("input_scale")[:-1])
+
+
+def _f32(value: float) -> bytes:
+    return np.float32(value).astype("<f4").tobytes()
+
+

@@ -1,0 +1,43 @@
+"""The on-disk conventions, in the order in which a source is asked whether it is one of them."""
+
+from __future__ import annotations
+
+from fp4conv.errors import PlanError
+from fp4conv.families import Family, family_of, natural_key
+from fp4conv.layouts.base import Layout, Parsed, Written
+from fp4conv.layouts.compressed_tensors import CompressedTensors
+from fp4conv.layouts.hf import HfDense
+from fp4conv.layouts.modelopt import ModelOpt
+from fp4conv.layouts.openai import OpenAI
+from fp4conv.model import Model, Source
+
+LAYOUTS: tuple[Layout, ...] = (OpenAI(), CompressedTensors(), ModelOpt(), HfDense())
+
+
+def parse(source: Source) -> Model:
+    """Everything that a source holds, by the first layout that recognises it. Reads headers and configs only."""
+    family = family_of(source.tensors)
+    layout = next(layout for layout in LAYOUTS if layout.recognises(source))
+    parsed = layout.parse(source, family)
+    weights = tuple(sorted(parsed.weights, key=lambda weight: natural_key(weight.name)))
+    config = source.json("config.json") or {}
+    warnings = (*source.warnings, *parsed.warnings)
+    return Model(source, family, layout.name, weights, config, parsed.calibration, warnings)
+
+
+def layout_named(name: str) -> Layout:
+    """The layout that `--layout NAME` means. Raises PlanError for a name that is none."""
+    for layout in LAYOUTS:
+        if layout.name == name:
+            return layout
+    raise PlanError(f"there is no layout {name!r}", hint=f"choose one of: {', '.join(x.name for x in LAYOUTS)}")
+
+
+def default_layout(format_name: str, family: Family) -> Layout:
+    """What servers expect of `format_name` ('mxfp4', 'nvfp4', or a dense dtype) for a model of `family`."""
+    if format_name == "mxfp4":
+        return layout_named("openai" if family.name == "gpt-oss" else "compressed-tensors")
+    return layout_named("modelopt" if format_name == "nvfp4" else "hf")
+
+
+__all__ = ["LAYOUTS", "Layout", "Parsed", "Written", "default_layout", "layout_named", "parse"]

@@ -1,0 +1,58 @@
+"""Hugging Face dense checkpoints: every tensor in BF16, F16 or F32 under its transformers name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fp4conv.errors import SourceError
+from fp4conv.families import Family
+from fp4conv.layouts.base import Parsed, Written, layer_count
+from fp4conv.layouts.parts import Part, dense_weight
+from fp4conv.layouts.quant_config import MODEL_CONFIG, read_quant_config
+from fp4conv.model import JSON, Source, Weight
+
+# Suffixes that only a quantised checkpoint of a kind that is not read here has.
+_FOREIGN = (
+    (".weight_scale_inv", "FP8 block-scaled"),
+    (".qweight", "GPTQ or AWQ"),
+    (".weight.absmax", "bitsandbytes"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_shape", "compressed-tensors integer"),
+)
+
+
+class HfDense:
+    name = "hf"
+    formats: tuple[str, ...] = ()
+
+    def recognises(self, source: Source) -> bool:
+        return True  # the last in the list: what no other layout claims
+
+    def parse(self, source: Source, family: Family) -> Parsed:
+        for name, ref in source.tensors.items():
+            kind = next((kind for suffix, kind in _FOREIGN if name.endswith(suffix)), None)
+            if kind or ref.spec.dtype.startswith("F8_"):
+                raise SourceError(
+                    f"this is a tensor of a {kind or 'FP8'} checkpoint, which fp4conv does not read",
+                    where=f"{name} ({ref.file})",
+                    hint="convert from the BF16 checkpoint instead",
+                )
+        layers = layer_count(source)
+        weights = tuple(dense_weight(ref, family, layers) for ref in source.tensors.values())
+        claim = read_quant_config(source)
+        warnings = []
+        if claim is not None:
+            warnings.append(
+                f"the config says the weights are quantised ({claim.algo or claim.format or claim.method}), but no tensor "
+                "has scales: they are read as the dense values that they are"
+            )
+        return Parsed(weights, {}, tuple(warnings))
+
+    def refusal(self, weight: Weight, family: Family) -> str | None:
+        return "the hf layout holds dense tensors only"
+
+    def place(self, weight: Weight, input_scale: bool) -> tuple[Part, ...]:
+        raise AssertionError("a dense layout places no quantised weight")
+
+    def config(self, written: Written) -> Mapping[str, JSON]:
+        return {MODEL_CONFIG: dict(written.config)}

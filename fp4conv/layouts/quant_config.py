@@ -1,0 +1,110 @@
+"""What a checkpoint's configs claim about its quantisation, in one value whatever file said it.
+
+ModelOpt writes `hf_quant_config.json` (0.37 only that) and, since 0.39 or so, the same again in
+config.json's `quantization_config`; both are read, config.json first. The tensors decide what a checkpoint is; a claim is
+only compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fp4conv.model import JSON, Source
+
+MODEL_CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """`ignore`: modules said to be unquantised, as exact names, globs, or prefixes of dotted names."""
+
+    method: str
+    algo: str | None = None
+    group_size: int | None = None
+    kv_cache_algo: str | None = None
+    ignore: tuple[str, ...] = ()
+    format: str | None = None
+
+
+def read_quant_config(source: Source) -> QuantConfig | None:
+    """The claim of config.json's quantization_config, else of hf_quant_config.json, else None."""
+    config = source.json(MODEL_CONFIG) or {}
+    claim = config.get("quantization_config")
+    if isinstance(claim, dict):
+        return _from_model_config(claim)
+    separate = (source.json(HF_QUANT_CONFIG) or {}).get("quantization")
+    return _from_hf_quant_config(separate) if isinstance(separate, dict) else None
+
+
+def _from_model_config(claim: Mapping[str, JSON]) -> QuantConfig:
+    nested = claim.get("quantization")  # some exporters put the hf_quant_config form under config.json's key
+    if isinstance(nested, dict):
+        return _from_hf_quant_config(nested)
+    kv = "FP8" if isinstance(claim.get("kv_cache_scheme"), dict) else None
+    ignore = claim.get("ignore") or claim.get("modules_to_not_convert") or claim.get("exclude_modules")
+    return QuantConfig(
+        method=str(claim.get("quant_method") or "unknown"),
+        algo=_text(claim.get("quant_algo")),
+        group_size=_group_size(claim),
+        kv_cache_algo=_text(claim.get("kv_cache_quant_algo")) or kv,
+        ignore=_names(ignore),
+        format=_text(claim.get("format")),
+    )
+
+
+def _from_hf_quant_config(claim: Mapping[str, JSON]) -> QuantConfig:
+    return QuantConfig(
+        method="modelopt",
+        algo=_text(claim.get("quant_algo")),
+        group_size=_integer(claim.get("group_size")),
+        kv_cache_algo=_text(claim.get("kv_cache_quant_algo")),
+        ignore=_names(claim.get("exclude_modules")),
+    )
+
+
+def _group_size(claim: Mapping[str, JSON]) -> int | None:
+    if (top := _integer(claim.get("group_size"))) is not None:
+        return top
+    groups = claim.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and (size := _integer(weights.get("group_size"))) is not None:
+            return size
+    return None
+
+
+def _text(value: JSON) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: JSON) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _names(value: JSON) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def is_ignored(module: str, patterns: Sequence[str]) -> bool:
+    """Whether an ignore list names `module`: exactly, by a glob, by a 're:' free prefix of its dotted name."""
+    return any(module == p or module.startswith(p + ".") or fnmatchcase(module, p) for p in patterns)
+
+
+def contradictions(claim: QuantConfig, quantized: Mapping[str, int]) -> list[str]:
+    """Sentences on where the claim and the tensors differ. `quantized`: module -> block length as the shapes say."""
+    found = []
+    wrong = [module for module in quantized if is_ignored(module, claim.ignore)]
+    if wrong:
+        found.append(
+            f"the quantisation config lists {len(wrong)} modules as unquantised that have codes and scales "
+            f"({wrong[0]}, ...): the tensors were believed"
+        )
+    sizes = set(quantized.values())
+    if claim.group_size is not None and sizes and sizes != {claim.group_size}:
+        found.append(
+            f"the quantisation config says group_size {claim.group_size}, the shapes say "
+            f"{', '.join(map(str, sorted(sizes)))}: the shapes were believed"
+        )
+    return found

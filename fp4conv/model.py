@@ -1,0 +1,170 @@
+"""A model as a tuple of lazy weights: what each tensor is and where its bits lie, before any is read.
+
+Owns `Weight`, `Model`, the values a weight can have, and the `Source` Protocol that they are parsed
+from. It refuses to own names on disk (`layouts/`) and the choice of what to do (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from fp4conv.families import Family, Role
+from fp4conv.formats import BLOCK_FORMATS, BlockFormat
+from fp4conv.safetensors_io import Reader, TensorRef
+
+JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+
+class SourceFile(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Source(Protocol):
+    """A checkpoint to read from: a local folder now, a Hub repository alike."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def root(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorRef]: ...
+    @property
+    def files(self) -> tuple[SourceFile, ...]: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+    def json(self, name: str) -> dict[str, JSON] | None: ...
+    def read_bytes(self, name: str, limit: int = ...) -> bytes: ...
+    def reader(self) -> Reader: ...
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A dense tensor as it lies on disk."""
+
+    ref: TensorRef
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.ref,)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A weight in a block format: its codes and scales as they lie on disk.
+
+    `packed` holds K/2 bytes a row, `block_scale` K/block bytes a row; both row-major over N, or over K
+    when `kn` (ModelOpt's 3-D experts). `tensor_scale` is the F32 scalar of NVFP4. `block` is the length
+    that the stored scales imply: 32 for MXFP4, 16 or (ModelOpt's weight-only recipes) 32 for NVFP4.
+    """
+
+    format_name: str
+    block: int
+    packed: TensorRef
+    block_scale: TensorRef
+    tensor_scale: TensorRef | None = None
+    kn: bool = False
+
+    @property
+    def format(self) -> BlockFormat:
+        return BLOCK_FORMATS[self.format_name]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        parts = (self.packed, self.block_scale, self.tensor_scale)
+        return tuple(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the model, under the name and shape that the HF BF16 checkpoint gives it.
+
+    `kn`: that shape is [..., K, N] (the 3-D experts of gpt-oss) rather than [..., N, K].
+    """
+
+    name: str
+    module: str
+    role: Role
+    shape: tuple[int, ...]
+    value: Stored | Decoded
+    kn: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def matrices(self) -> int:
+        """How many [N, K] matrices there are: the experts of a 3-D parameter, else 1."""
+        return math.prod(self.shape[:-2])
+
+    @property
+    def n(self) -> int:
+        return self.shape[-1] if self.kn else self.shape[-2]
+
+    @property
+    def k(self) -> int:
+        return self.shape[-2] if self.kn else self.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.spec.nbytes for ref in self.value.refs)
+
+    @property
+    def format_name(self) -> str:
+        return self.value.format_name if isinstance(self.value, Decoded) else self.value.ref.spec.dtype.lower()
+
+    @property
+    def is_matrix(self) -> bool:
+        """A weight that a block format could hold: a linear layer's, or an expert parameter's."""
+        if isinstance(self.value, Decoded):
+            return True
+        if self.value.ref.spec.dtype not in FLOAT_DTYPES:
+            return False
+        linear = len(self.shape) == 2 and self.name.endswith(".weight")
+        return linear or (len(self.shape) == 3 and self.role is Role.EXPERT)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A parsed checkpoint. `calibration`: scale tensors that belong to activations (input_scale, k_scale, v_scale)."""
+
+    source: Source
+    family: Family
+    layout: str
+    weights: tuple[Weight, ...]
+    config: Mapping[str, JSON]
+    calibration: Mapping[str, TensorRef] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def format_name(self) -> str:
+        """The block format of its quantised weights, or the dense dtype of most bytes: 'mxfp4', 'bf16'."""
+        quantized = {weight.format_name for weight in self.weights if isinstance(weight.value, Decoded)}
+        return "+".join(sorted(quantized)) if quantized else self.main_dtype.lower()
+
+    @property
+    def main_dtype(self) -> str:
+        """The floating dtype that most dense bytes have; BF16 when there are none."""
+        sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+        for weight in self.weights:
+            if isinstance(weight.value, Stored) and weight.value.ref.spec.dtype in sizes:
+                sizes[weight.value.ref.spec.dtype] += weight.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.elements for weight in self.weights)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights) + sum(ref.spec.nbytes for ref in self.calibration.values())

@@ -1,0 +1,262 @@
+"""What happens to one unit: read, one kernel, write. Errors name the tensor and the position of the value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from fp4conv.codecs import codec_named
+from fp4conv.codecs.base import Codes, Coding, Rows, Tally
+from fp4conv.codecs.dense import count_nonfinite, narrow, widen
+from fp4conv.errors import ValuesError
+from fp4conv.kernels import compiled
+from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
+from fp4conv.model import FLOAT_DTYPES, Decoded, Stored, Weight
+from fp4conv.pipeline.matrices import Array, Scratch, position, read_rows, rows_shape, write_rows
+from fp4conv.plan import Action, Output, Plan, Span, Step, Unit
+from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
+
+
+@dataclass(frozen=True)
+class TensorScale:
+    """The scale of a set: `value`, and `exponent` where it is a power of two chosen for MXFP4 sources."""
+
+    value: float
+    exponent: int | None = None
+
+
+@dataclass
+class Progress:
+    """What is known of a step while its units are worked on; merged under the run's lock."""
+
+    signal: npt.NDArray[np.float64] | None = None
+    noise: npt.NDArray[np.float64] | None = None
+    lossy_blocks: int = 0
+    nonfinite: int = 0
+    remaining: int = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that an operation needs beside its unit."""
+
+    plan: Plan
+    reader: Reader
+    writers: Mapping[str, Writer]
+    scales: Mapping[str, TensorScale] = field(default_factory=dict)
+
+
+def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch) -> tuple[int, int]:
+    """Do one piece. Returns (lossy blocks, values that are not finite)."""
+    if isinstance(piece, Span):
+        copied = isinstance(piece.step.outputs[piece.output].origin, TensorRef)
+        return 0, (_copy if copied else _cast)(bench, piece, scratch)
+    return _BY_ACTION[piece.step.action](bench, piece, progress, scratch), 0
+
+
+# ---- value by value
+
+
+def _copy(bench: Bench, span: Span, scratch: Scratch) -> int:
+    output = span.step.outputs[span.output]
+    ref = output.origin
+    assert isinstance(ref, TensorRef)
+    values = _read_span(bench, ref, span, scratch)
+    bench.writers[output.file].write(output.offset + span.start * values.itemsize, values)
+    return count_nonfinite(values, ref.spec.dtype) if ref.spec.dtype in FLOAT_DTYPES else 0
+
+
+def _cast(bench: Bench, span: Span, scratch: Scratch) -> int:
+    output, weight = span.step.outputs[span.output], span.step.weight
+    assert weight is not None and isinstance(weight.value, Stored)
+    ref = weight.value.ref
+    values = _read_span(bench, ref, span, scratch)
+    between = scratch.array("f32", values.shape, "F32")
+    widen(values, ref.spec.dtype, between)  # type: ignore[arg-type]  # dtype says which of the three it is
+    out = scratch.array("cast", values.shape, output.part.spec.dtype)
+    bad = narrow(between, output.part.spec.dtype, out)  # type: ignore[arg-type]
+    if bad >= 0:
+        where = [int(i) for i in np.unravel_index(span.start + bad, weight.shape)]
+        _refuse_overflow(weight, where, float(between[bad]), output.part.spec.dtype)
+    bench.writers[output.file].write(output.offset + span.start * out.itemsize, out)
+    return count_nonfinite(values, ref.spec.dtype)
+
+
+def _read_span(bench: Bench, ref: TensorRef, span: Span, scratch: Scratch) -> Array:
+    values = scratch.array("span", (span.stop - span.start,), ref.spec.dtype)
+    bench.reader.read_into(ref.file, ref.offset + span.start * DTYPE_BYTES[ref.spec.dtype], values)
+    return values
+
+
+# ---- rows of matrices
+
+
+def _quantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+    return _encode(bench, unit, _dense_rows(bench, unit, scratch), progress, scratch)
+
+
+def _dense_rows(bench: Bench, unit: Unit, scratch: Scratch) -> Rows:
+    """The unit's rows of a dense weight as the kernels take them: BF16 and F32 as they are, F16 widened."""
+    weight = unit.step.weight
+    assert weight is not None and isinstance(weight.value, Stored)
+    ref = weight.value.ref
+    values = read_rows(bench.reader, ref, weight.kn, unit, scratch)
+    if ref.spec.dtype == "F16":
+        wide = scratch.array("f32", values.shape, "F32")
+        widen(values, "F16", wide)  # type: ignore[arg-type]
+        values = wide
+    return Rows(values, weight.kn)  # type: ignore[arg-type]
+
+
+def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: Scratch) -> int:
+    step, plan = unit.step, bench.plan
+    assert plan.rule is not None
+    scale = bench.scales[step.group].value if step.group else 1.0
+    outputs, codes = _codes_out(step, unit, scratch)
+    bad = codec_named(step.target).encode(rows, Coding(plan.rule, plan.ties, scale), codes, _tally(progress, unit))
+    if bad >= 0:
+        refuse_nonfinite(_weight(step), position(unit, bad))
+    _write_codes(bench, outputs, codes, unit)
+    return 0
+
+
+def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+    output = unit.step.computed[0]
+    dtype, weight = output.part.spec.dtype, _weight(unit.step)
+    out = scratch.array("out", rows_shape(weight, weight.elements, output.part.kn, unit), dtype)
+    decoded = out if dtype != "F16" else scratch.array("f32", out.shape, "F32")
+    decode(bench, unit, Rows(decoded, output.part.kn), scratch)  # type: ignore[arg-type]
+    if dtype == "F16":
+        bad = narrow(decoded, dtype, out)  # type: ignore[arg-type]
+        if bad >= 0:
+            row, column = divmod(bad, out.shape[1])
+            n, k = (column, row) if output.part.kn else (row, column)
+            _refuse_overflow(weight, position(unit, n * weight.k + k), float(decoded.reshape(-1)[bad]), dtype)
+    write_rows(bench.writers, output, unit, out)
+    return 0
+
+
+def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
+    """Decode the unit's rows of a quantised weight into `out`. ValuesError where a value is not finite."""
+    weight = _weight(unit.step)
+    codes = _codes_in(bench, unit, scratch)
+    value = weight.value
+    assert isinstance(value, Decoded)
+    scale = stored_tensor_scale(bench.reader, value)
+    bad = codec_named(value.format_name).decode(codes, scale, out)
+    if bad >= 0:
+        kind = "BF16" if out.array.dtype == np.uint16 else "F32"
+        raise ValuesError(
+            f"the value at {position(unit, bad)} is not finite in {kind}: its block scale is NaN or too large",
+            where=weight.name,
+            hint="the checkpoint is damaged: download or export it again",
+        )
+
+
+def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+    """Between block formats: MXFP4 -> NVFP4 in closed form, everything else by way of F32 values."""
+    step, weight = unit.step, _weight(unit.step)
+    exponent = bench.scales[step.group].exponent if step.group else None
+    if exponent is None:
+        between = scratch.array("f32", (unit.n1 - unit.n0, weight.k), "F32")
+        decode(bench, unit, Rows(between), scratch)  # type: ignore[arg-type]
+        return _encode(bench, unit, Rows(between), progress, scratch)  # type: ignore[arg-type]
+    source, tally = _codes_in(bench, unit, scratch), _tally(progress, unit)
+    outputs, codes = _codes_out(step, unit, scratch)
+    lossy = compiled.transcode_mxfp4_nvfp4(
+        source.packed, source.block_scale, exponent, codes.packed, codes.block_scale, tally.signal, tally.noise, codes.kn
+    )
+    if lossy < 0:
+        refuse_nonfinite(weight, position(unit, -1 - lossy))
+    _write_codes(bench, outputs, codes, unit)
+    return lossy
+
+
+def _reblock(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+    """NVFP4 in blocks of 32 as blocks of 16: every block scale twice along K. The codes are copied as spans."""
+    weight, output = _weight(unit.step), unit.step.computed[0]
+    value = weight.value
+    assert isinstance(value, Decoded)
+    scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+    repeated = np.repeat(scales, value.block // value.format.block, axis=0 if value.kn else 1)
+    write_rows(bench.writers, output, unit, np.ascontiguousarray(repeated))
+    return 0
+
+
+_BY_ACTION: Mapping[Action, Callable[[Bench, Unit, Progress, Scratch], int]] = {
+    Action.QUANTIZE: _quantize,
+    Action.DEQUANTIZE: _dequantize,
+    Action.TRANSCODE: _transcode,
+    Action.REBLOCK: _reblock,
+}
+
+
+# ---- parts
+
+
+def _weight(step: Step) -> Weight:
+    assert step.weight is not None
+    return step.weight
+
+
+def _codes_in(bench: Bench, unit: Unit, scratch: Scratch) -> Codes:
+    value = _weight(unit.step).value
+    assert isinstance(value, Decoded)
+    packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch)
+    scale = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+    return Codes(packed, scale, value.kn)  # type: ignore[arg-type]  # both are bytes, whatever dtype names them
+
+
+def _codes_out(step: Step, unit: Unit, scratch: Scratch) -> tuple[dict[str, Output], Codes]:
+    outputs = {output.part.kind: output for output in step.computed}
+    arrays = {}
+    for kind in (PACKED, BLOCK_SCALE):
+        part = outputs[kind].part
+        arrays[kind] = scratch.array(kind, rows_shape(_weight(step), part.spec.elements, part.kn, unit), "U8")
+    return outputs, Codes(arrays[PACKED], arrays[BLOCK_SCALE], outputs[PACKED].part.kn)  # type: ignore[arg-type]
+
+
+def _write_codes(bench: Bench, outputs: Mapping[str, Output], codes: Codes, unit: Unit) -> None:
+    write_rows(bench.writers, outputs[PACKED], unit, codes.packed)
+    write_rows(bench.writers, outputs[BLOCK_SCALE], unit, codes.block_scale)
+
+
+def _tally(progress: Progress, unit: Unit) -> Tally:
+    assert progress.signal is not None and progress.noise is not None
+    n = _weight(unit.step).n
+    rows = slice(unit.index * n + unit.n0, unit.index * n + unit.n1)
+    return Tally(progress.signal[rows], progress.noise[rows])
+
+
+def stored_tensor_scale(reader: Reader, value: Decoded) -> float:
+    """The F32 tensor scale of an NVFP4 weight, which must be finite and > 0; 1.0 for formats without one."""
+    if value.tensor_scale is None:
+        return 1.0
+    scale = np.empty(1, np.float32)
+    reader.read_into(value.tensor_scale.file, value.tensor_scale.offset, scale)
+    if not (np.isfinite(scale[0]) and scale[0] > 0):
+        raise ValuesError(
+            f"a tensor scale of {scale[0]}; expected finite and greater than zero",
+            where=f"{value.tensor_scale.name} ({value.tensor_scale.file})",
+            hint="the checkpoint is damaged: download or export it again",
+        )
+    return float(scale[0])
+
+
+def refuse_nonfinite(weight: Weight, where: list[int]) -> None:
+    raise ValuesError(
+        f"the value at {where} is NaN or Inf and cannot be quantised",
+        where=weight.name,
+        hint=f"mend the source, or leave this module as it is with: --exclude '{weight.module}'",
+    )
+
+
+def _refuse_overflow(weight: Weight, where: list[int], value: float, dtype: str) -> None:
+    raise ValuesError(
+        f"the value {value!r} at {where} is too large for {dtype}",
+        where=weight.name,
+        hint="choose a target with more range: --to bf16 or --to f32",
+    )

@@ -1,0 +1,279 @@
+"""Run a plan on one machine: workers take pieces in order; the journal says what is done and safe.
+
+Every output byte has a known place, so there is no queue of results and no order among workers. A set's scan
+comes one set ahead of its encoding: by the time a worker needs a tensor scale it is nearly always there, and
+the source's bytes are still in the page cache when they are read the second time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+
+from fp4conv.layouts.parts import TENSOR_SCALE
+from fp4conv.model import JSON
+from fp4conv.pipeline.matrices import Scratch
+from fp4conv.pipeline.operations import Bench, Progress, TensorScale, work
+from fp4conv.pipeline.scales import Scan
+from fp4conv.plan import Action, Plan, Span, Step, Unit, block_budget, units
+from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
+from fp4conv.staging import Staging
+
+CHECKPOINT_SECONDS = 2.0
+_SCALE_KEY = "tensor scale of "
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's kernels measured: sums over all values of x^2 and (x - decoded)^2, where it quantised."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    lossy_blocks: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    results: Mapping[str, StepResult]
+    resumed_steps: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One piece of a step's work, or (with `scan`) of the search for a tensor scale."""
+
+    piece: Unit | Span
+    scan: Scan | None = None
+
+
+def run(
+    plan: Plan, out: Staging, *, max_memory: int, workers: int, progress: Callable[[int], None] | None = None
+) -> Outcome:
+    """Write every shard of `plan` into `out`. `progress` is called with bytes of the source as they are done.
+
+    On any error, or Ctrl-C, what is done is journalled before the exception goes on.
+    """
+    budget = block_budget(max_memory, workers)
+    with ExitStack() as stack:
+        reader = stack.enter_context(plan.model.source.reader())
+        out.start()
+        writers = {
+            name: stack.enter_context(Writer(out.path(name), shard.nbytes)) for name, shard in plan.shards.items()
+        }
+        finished = _trusted(plan, out.finished, writers)
+        for name, shard in plan.shards.items():
+            writers[name].write(0, shard.header)
+        runner = _Runner(plan, out, Bench(plan, reader, writers, {}), finished, budget, progress or (lambda _: None))
+        runner.run(workers)
+        return Outcome(runner.results, len([key for key in finished if not key.startswith(_SCALE_KEY)]))
+
+
+def _trusted(
+    plan: Plan, finished: Mapping[str, Mapping[str, JSON]], writers: Mapping[str, Writer]
+) -> dict[str, Mapping[str, JSON]]:
+    """What the journal says is done, without the steps of shard files that are gone."""
+    lost = {step.key for step in plan.steps if any(not writers[output.file].reused for output in step.outputs)}
+    return {key: payload for key, payload in finished.items() if key not in lost}
+
+
+class _Runner:
+    def __init__(
+        self,
+        plan: Plan,
+        out: Staging,
+        bench: Bench,
+        finished: Mapping[str, Mapping[str, JSON]],
+        budget: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._out = out
+        self._budget = budget
+        self._advance = progress
+        self._scales: dict[str, TensorScale] = {}
+        self._bench = Bench(plan, bench.reader, bench.writers, self._scales)
+        self._scans: dict[str, Scan] = {}
+        self._states: dict[str, Progress] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+        self.results: dict[str, StepResult] = {}
+        self._todo = [step for step in plan.steps if step.key not in finished]
+        for key, payload in finished.items():
+            if key.startswith(_SCALE_KEY):
+                self._scales[key.removeprefix(_SCALE_KEY)] = _scale_from(payload)
+            else:
+                self.results[key] = _result_from(payload)
+        done_bytes = plan.bytes_read - sum(step.bytes_read for step in self._todo)
+        done_bytes -= sum(s.weight.nbytes for s in self._todo if s.weight and s.group and s.group not in self._scales)
+        self._advance(done_bytes)
+        self._tasks = self._make_tasks()
+
+    # ---- the order of work
+
+    def _make_tasks(self) -> Iterator[_Task]:
+        waiting: Sequence[Step] = ()
+        for steps in self._clusters():
+            group = steps[0].group
+            if group and group not in self._scales:
+                scan = self._scans[group] = Scan(group, steps, self._budget)
+                yield from (_Task(piece, scan) for piece in scan.pieces())
+            yield from self._step_tasks(waiting)
+            waiting = steps
+        yield from self._step_tasks(waiting)
+
+    def _clusters(self) -> Iterator[Sequence[Step]]:
+        """Steps that share a tensor scale together, at the place of the first; every other step alone."""
+        groups: dict[str, list[Step]] = {}
+        for step in self._todo:
+            groups.setdefault(step.group or f"\0{step.key}", []).append(step)
+        yield from groups.values()
+
+    def _step_tasks(self, steps: Sequence[Step]) -> Iterator[_Task]:
+        for step in steps:
+            pieces = list(units(step, self._budget))
+            state = self._states[step.key] = Progress(remaining=max(1, len(pieces)))
+            if step.weight and step.action in (Action.QUANTIZE, Action.TRANSCODE):
+                rows = step.weight.matrices * step.weight.n
+                state.signal, state.noise = np.zeros(rows), np.zeros(rows)
+            if not pieces:  # a tensor without elements, or one whose bytes the plan knows
+                self._complete_piece(step, state, 0, 0)
+            yield from (_Task(piece) for piece in pieces)
+
+    # ---- threads
+
+    def run(self, workers: int) -> None:
+        threads = [threading.Thread(target=self._work, name=f"fp4conv-{i}", daemon=True) for i in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            last = time.monotonic()
+            while any(thread.is_alive() for thread in threads):
+                for thread in threads:
+                    thread.join(0.05)
+                if time.monotonic() - last >= CHECKPOINT_SECONDS:
+                    self._checkpoint()
+                    last = time.monotonic()
+        except BaseException as error:  # Ctrl-C: let the workers end their piece, keep what is done
+            self._errors.insert(0, error)
+        finally:
+            self._stop.set()
+            for scan in self._scans.values():
+                scan.ready.set()
+            for thread in threads:
+                thread.join()
+            self._checkpoint()
+        if self._errors:
+            raise self._errors[0]
+
+    def _checkpoint(self) -> None:
+        self._out.checkpoint(*(writer.sync for writer in self._bench.writers.values()))
+
+    def _work(self) -> None:
+        scratch = Scratch()
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    task = next(self._tasks, None)
+                if task is None:
+                    return
+                self._do(task, scratch)
+        except BaseException as error:
+            with self._lock:
+                self._errors.append(error)
+            self._stop.set()
+            for scan in list(self._scans.values()):
+                scan.ready.set()
+
+    def _do(self, task: _Task, scratch: Scratch) -> None:
+        step = task.piece.step
+        if task.scan is not None:
+            scale = task.scan.look(self._bench, task.piece, scratch)
+            if scale is not None:
+                self._scales[task.scan.group] = scale
+                self._out.record(_SCALE_KEY + task.scan.group, _scale_payload(scale))
+                task.scan.ready.set()
+        else:
+            if step.group and step.group not in self._scales:
+                self._scans[step.group].ready.wait()
+                if self._stop.is_set():
+                    return
+            state = self._states[step.key]
+            lossy, nonfinite = work(self._bench, task.piece, state, scratch)
+            with self._lock:
+                self._complete_piece(step, state, lossy, nonfinite)
+        self._advance(_source_bytes(task))
+
+    def _complete_piece(self, step: Step, state: Progress, lossy: int, nonfinite: int) -> None:
+        """Count one piece as done; after the last one, write what is left of the step and record it. Needs the lock."""
+        state.lossy_blocks += lossy
+        state.nonfinite += nonfinite
+        state.remaining -= 1
+        if state.remaining:
+            return
+        self._write_known(step)
+        result = StepResult(_total(state.signal), _total(state.noise), state.lossy_blocks, state.nonfinite)
+        self.results[step.key] = result
+        del self._states[step.key]
+        self._out.record(step.key, _result_payload(result))
+
+    def _write_known(self, step: Step) -> None:
+        """The bytes that the plan knows, and the tensor scale that the scan found."""
+        for output in step.outputs:
+            content = output.origin if isinstance(output.origin, bytes) else None
+            if output.part.kind == TENSOR_SCALE and output.origin is None:
+                assert step.group is not None
+                content = np.float32(self._scales[step.group].value).astype("<f4").tobytes()
+            if content is not None:
+                self._bench.writers[output.file].write(output.offset, content)
+
+
+def _source_bytes(task: _Task) -> int:
+    """Bytes of the source that a task has dealt with, so that they add up to the plan's total."""
+    piece, step = task.piece, task.piece.step
+    if isinstance(piece, Span):
+        origin = step.outputs[piece.output].origin
+        ref = origin if isinstance(origin, TensorRef) else (step.weight.value.refs[0] if step.weight else None)
+        return (piece.stop - piece.start) * (DTYPE_BYTES[ref.spec.dtype] if ref else 0)
+    assert step.weight is not None
+    return step.weight.nbytes * (piece.n1 - piece.n0) // (step.weight.matrices * step.weight.n)
+
+
+def _total(rows: np.ndarray[tuple[int], np.dtype[np.float64]] | None) -> float:
+    """The sum of the rows' sums, rounded once: the same whatever the order."""
+    return 0.0 if rows is None else math.fsum(rows.tolist())
+
+
+# ---- the journal's payloads; float.hex keeps every bit
+
+
+def _scale_payload(scale: TensorScale) -> dict[str, JSON]:
+    return {"value": scale.value.hex(), "exponent": scale.exponent}
+
+
+def _scale_from(payload: Mapping[str, JSON]) -> TensorScale:
+    exponent = payload["exponent"]
+    return TensorScale(float.fromhex(str(payload["value"])), exponent if isinstance(exponent, int) else None)
+
+
+def _result_payload(result: StepResult) -> dict[str, JSON]:
+    return {
+        "signal": result.signal.hex(),
+        "noise": result.noise.hex(),
+        "lossy_blocks": result.lossy_blocks,
+        "nonfinite": result.nonfinite,
+    }
+
+
+def _result_from(payload: Mapping[str, JSON]) -> StepResult:
+    lossy, nonfinite = payload["lossy_blocks"], payload["nonfinite"]
+    assert isinstance(lossy, int) and isinstance(nonfinite, int)
+    return StepResult(
+        float.fromhex(str(payload["signal"])), float.fromhex(str(payload["noise"])), lossy, nonfinite
+    )

@@ -1,0 +1,109 @@
+"""Find the tensor scale that a set of weights shares, before any of them is encoded.
+
+For dense weights that is their largest magnitude; for MXFP4 on its way to NVFP4 the power of two that holds
+most blocks exactly. Maxima and integer counts do not depend on the order in which blocks are looked at.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fp4conv.codecs.base import Rows
+from fp4conv.codecs.dense import widen
+from fp4conv.codecs.nvfp4 import tensor_scale
+from fp4conv.kernels import compiled
+from fp4conv.kernels.window import choose_window, new_window_counts
+from fp4conv.model import Decoded, Stored, Weight
+from fp4conv.pipeline.matrices import Scratch, position, read_rows
+from fp4conv.pipeline.operations import Bench, TensorScale, decode, refuse_nonfinite
+from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
+from fp4conv.safetensors_io import DTYPE_BYTES
+
+
+class Scan:
+    """The search for one set's tensor scale. Workers `look` at pieces; whoever did the last one `finish`es."""
+
+    def __init__(self, group: str, steps: Sequence[Step], budget: int) -> None:
+        self.group = group
+        self.steps = steps
+        self.ready = threading.Event()
+        self._closed_form = all(isinstance(_weight(step).value, Decoded) for step in steps)
+        self._amax = 0.0
+        self._starts, self._ends = new_window_counts()
+        self._pieces = tuple(piece for step in steps for piece in _scan_pieces(step, budget))
+        self._remaining = len(self._pieces)
+        self._lock = threading.Lock()
+
+    def pieces(self) -> Iterator[Unit | Span]:
+        return iter(self._pieces)
+
+    def look(self, bench: Bench, piece: Unit | Span, scratch: Scratch) -> TensorScale | None:
+        """Take one piece into account. Returns the scale after the last one."""
+        if isinstance(piece, Span):
+            amax = _dense_amax(bench, piece, scratch)
+            with self._lock:
+                self._amax = max(self._amax, amax)
+        elif self._closed_form:
+            self._count_windows(bench, piece, scratch)
+        else:
+            between = scratch.array("f32", (piece.n1 - piece.n0, _weight(piece.step).k), "F32")
+            decode(bench, piece, Rows(between), scratch)  # type: ignore[arg-type]
+            amax, _ = compiled.amax(between)  # type: ignore[arg-type]
+            with self._lock:
+                self._amax = max(self._amax, amax)
+        with self._lock:
+            self._remaining -= 1
+            return self._scale(bench) if self._remaining == 0 else None
+
+    def _count_windows(self, bench: Bench, unit: Unit, scratch: Scratch) -> None:
+        value = _weight(unit.step).value
+        assert isinstance(value, Decoded)
+        packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch)
+        scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+        starts, ends = new_window_counts()
+        bad = compiled.window_counts(packed, scales, starts, ends)  # type: ignore[arg-type]
+        if bad >= 0:
+            refuse_nonfinite(_weight(unit.step), position(unit, bad))
+        with self._lock:
+            self._starts += starts
+            self._ends += ends
+
+    def _scale(self, bench: Bench) -> TensorScale:
+        if self._closed_form:
+            exponent, _ = choose_window(self._starts, self._ends)
+            return TensorScale(2.0**exponent, exponent)
+        assert bench.plan.rule is not None
+        return TensorScale(tensor_scale(self._amax, bench.plan.rule))
+
+
+def _weight(step: Step) -> Weight:
+    assert step.weight is not None
+    return step.weight
+
+
+def _scan_pieces(step: Step, budget: int) -> Iterator[Unit | Span]:
+    weight = _weight(step)
+    if isinstance(weight.value, Decoded):
+        yield from matrix_units(step, budget)
+        return
+    chunk = min(budget, UNIT_BYTES) // 8
+    yield from (Span(step, 0, i, min(i + chunk, weight.elements)) for i in range(0, weight.elements, chunk))
+
+
+def _dense_amax(bench: Bench, span: Span, scratch: Scratch) -> float:
+    weight = _weight(span.step)
+    assert isinstance(weight.value, Stored)
+    ref = weight.value.ref
+    values = scratch.array("span", (span.stop - span.start,), ref.spec.dtype)
+    bench.reader.read_into(ref.file, ref.offset + span.start * DTYPE_BYTES[ref.spec.dtype], values)
+    if ref.spec.dtype == "F16":
+        wide = scratch.array("f32", values.shape, "F32")
+        widen(values, "F16", wide)  # type: ignore[arg-type]
+        values = wide
+    amax, bad = compiled.amax(values)  # type: ignore[arg-type]
+    if bad >= 0:
+        refuse_nonfinite(weight, [int(i) for i in np.unravel_index(span.start + bad, weight.shape)])
+    return float(amax)

@@ -1,0 +1,233 @@
+"""A plan as a value: every tensor of the result with its file, its place and how it comes about.
+
+Owns the types and what follows from them by arithmetic (sizes, units of work, memory). `planner.py` makes a
+plan, `pipeline.py` runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+
+from fp4conv.errors import PlanError
+from fp4conv.formats import ScaleRule, Ties
+from fp4conv.layouts.parts import Part
+from fp4conv.model import Decoded, Model, Stored, Weight
+from fp4conv.safetensors_io import DTYPE_BYTES, ShardLayout, TensorRef
+from fp4conv.servers import Verdict
+
+# Measured: interpreter, NumPy, Numba with LLVM and the loaded kernels, before the first block is read.
+BASE_BYTES = 300_000_000
+# Rows are taken in blocks of about this size: large enough to stream, small enough to stay in the cache.
+UNIT_BYTES = 8_000_000
+# A matrix that has to be turned is best read whole: up to this size.
+MATRIX_BYTES = 64_000_000
+
+
+class Action(str, Enum):
+    COPY = "copy"  # bytes as they are
+    CAST = "cast"  # dense to another dense dtype
+    QUANTIZE = "quantize"  # dense to a block format
+    DEQUANTIZE = "dequantize"  # a block format to dense
+    TRANSCODE = "transcode"  # one block format to another
+    REBLOCK = "reblock"  # NVFP4 in blocks of 32 to blocks of 16: every scale twice
+
+
+_BY_ROWS = (Action.QUANTIZE, Action.DEQUANTIZE, Action.TRANSCODE, Action.REBLOCK)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the result at its place. `origin`: copied from there, or these bytes, or (None) computed."""
+
+    part: Part
+    file: str
+    offset: int
+    origin: TensorRef | bytes | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that is written of one weight (or of one calibration tensor, then `weight` is None).
+
+    `group` names the weights that share a tensor scale with this one; it is set where that scale has to be
+    found first. `target`: the block format or dense dtype of the result, in lower case.
+    """
+
+    key: str
+    action: Action
+    outputs: tuple[Output, ...]
+    target: str
+    weight: Weight | None = None
+    group: str | None = None
+
+    @property
+    def computed(self) -> tuple[Output, ...]:
+        return tuple(output for output in self.outputs if output.origin is None)
+
+    @property
+    def bytes_read(self) -> int:
+        copied = sum(o.origin.spec.nbytes for o in self.outputs if isinstance(o.origin, TensorRef))
+        return copied + (self.weight.nbytes if self.weight and self.action is not Action.COPY else 0)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(output.part.spec.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows n0:n1 of the matrix `index` of a step's weight: one read, one kernel, one write."""
+
+    step: Step
+    index: int
+    n0: int
+    n1: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements start:stop of output `output` of a step, flat: what is copied or cast value by value."""
+
+    step: Step
+    output: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A small file of the result: `content`, or a copy of the source's file of the same name."""
+
+    name: str
+    nbytes: int
+    content: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one conversion will do. `shards`: file name -> layout. `coding`: the rules that new codes follow."""
+
+    model: Model
+    target: str
+    layout: str
+    rule: ScaleRule | None
+    ties: Ties
+    steps: tuple[Step, ...]
+    shards: Mapping[str, ShardLayout]
+    files: tuple[PlannedFile, ...]
+    servers: tuple[Verdict, ...]
+    warnings: tuple[str, ...]
+    version: str
+
+    @property
+    def total_bytes(self) -> int:
+        """What the result takes on the disk."""
+        return sum(shard.nbytes for shard in self.shards.values()) + sum(file.nbytes for file in self.files)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(step.bytes_read for step in self.steps) + self.scan_bytes
+
+    @property
+    def scan_bytes(self) -> int:
+        """Bytes read beforehand to find tensor scales."""
+        return sum(step.weight.nbytes for step in self.steps if step.group and step.weight)
+
+    def count(self, *actions: Action) -> int:
+        return sum(step.action in actions for step in self.steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the bytes of the result follow from; equal plans write equal bytes."""
+        digest = hashlib.sha256(self.model.source.fingerprint().encode())
+        facts = [self.version, self.target, self.layout, self.rule, self.ties]
+        digest.update(json.dumps(facts).encode())
+        for name, shard in self.shards.items():
+            digest.update(name.encode() + b"\0" + shard.header)
+        for step in self.steps:
+            literals = [o.origin.hex() for o in step.outputs if isinstance(o.origin, bytes)]
+            digest.update(json.dumps([step.key, step.action, step.target, step.group, literals]).encode())
+        for file in self.files:
+            digest.update(file.name.encode() + b"\0" + (file.content or b""))
+        return digest.hexdigest()
+
+
+def block_budget(max_memory: int, workers: int) -> int:
+    """Bytes that one worker may hold; PlanError when `max_memory` leaves too little to work with."""
+    budget = (max_memory - BASE_BYTES) // workers
+    if budget < 1_000_000:
+        least = BASE_BYTES + workers * 1_000_000
+        raise PlanError(
+            f"--max-memory {max_memory:,} bytes leaves no room for {workers} workers",
+            hint=f"give at least {least // 1_000_000 + 1}MB, or fewer --workers",
+        )
+    return min(budget, MATRIX_BYTES)
+
+
+def bytes_per_row(step: Step) -> int:
+    """What a worker holds for one row of N while it works on `step`: input, output and, where needed, F32 between."""
+    weight = step.weight
+    assert weight is not None
+    held = sum(ref.spec.nbytes for ref in weight.value.refs)
+    held += sum(output.part.spec.nbytes for output in step.computed)
+    if _needs_f32(step, weight):
+        held += 4 * weight.elements
+    return max(1, held // (weight.matrices * weight.n))
+
+
+def _needs_f32(step: Step, weight: Weight) -> bool:
+    if isinstance(weight.value, Stored):
+        return weight.value.ref.spec.dtype == "F16"
+    return step.action is Action.TRANSCODE or step.target == "f16"
+
+
+def turned(step: Step) -> bool:
+    """Whether some part of the weight lies K-major on one side: then rows of N are not contiguous there."""
+    weight = step.weight
+    assert weight is not None
+    inside = weight.value.kn if isinstance(weight.value, Decoded) else weight.kn
+    return inside or any(output.part.kn for output in step.computed)
+
+
+def units(step: Step, budget: int) -> Iterator[Unit | Span]:
+    """Cut a step into pieces that fit in `budget` bytes: whole rows of matrices, so that no sum depends on the cut."""
+    for number, output in enumerate(step.outputs):
+        if isinstance(output.origin, TensorRef) or (step.action is Action.CAST and output.origin is None):
+            elements, chunk = output.part.spec.elements, min(budget, UNIT_BYTES) // 8
+            yield from (Span(step, number, i, min(i + chunk, elements)) for i in range(0, elements, chunk))
+    if step.action in _BY_ROWS:
+        yield from matrix_units(step, budget)
+
+
+def matrix_units(step: Step, budget: int) -> Iterator[Unit]:
+    """The units of rows of a step's weight."""
+    weight = step.weight
+    assert weight is not None and weight.is_matrix
+    per_row = bytes_per_row(step)
+    if per_row > budget:
+        raise PlanError(
+            f"one row needs {per_row:,} bytes of memory, a worker may hold {budget:,}",
+            where=weight.name,
+            hint="give more --max-memory or fewer --workers",
+        )
+    most = budget if turned(step) else min(budget, UNIT_BYTES)
+    rows = min(weight.n, max(1, most // per_row))
+    for index in range(weight.matrices):
+        for n0 in range(0, weight.n, rows):
+            yield Unit(step, index, n0, min(n0 + rows, weight.n))
+
+
+def peak_bytes(plan: Plan, max_memory: int, workers: int) -> int:
+    """Upper bound of resident memory while `plan` runs: a constant and what the workers hold, whatever the model's size."""
+    budget = block_budget(max_memory, workers)
+    largest = UNIT_BYTES
+    for step in plan.steps:
+        if step.weight is not None and step.action in _BY_ROWS:
+            unit = next(matrix_units(step, budget))
+            largest = max(largest, (unit.n1 - unit.n0) * bytes_per_row(step))
+    return BASE_BYTES + workers * min(budget, largest)

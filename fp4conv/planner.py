@@ -1,0 +1,282 @@
+"""Make a plan: a pure function of a model's headers and the options. Every byte placed, every problem found.
+
+It reads no tensor and writes nothing. What it can know it refuses here: a K that is no multiple of the
+block, a layout that cannot hold a weight, a set that would be quantised in part, a server that would not load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+from fp4conv.companions import companion_files
+from fp4conv.errors import PlanError, UsageError
+from fp4conv.families import Role, natural_key, shared_set_of
+from fp4conv.formats import BLOCK_FORMATS, BlockFormat, ScaleRule, Ties
+from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_drafts
+from fp4conv.layouts import Layout, Written, default_layout, layout_named
+from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
+from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, Model, Stored, Weight
+from fp4conv.plan import Action, Output, Plan, PlannedFile, Step
+from fp4conv.safetensors_io import ShardLayout, TensorRef, TensorSpec, lay_out
+from fp4conv.selection import Selection, select
+from fp4conv.servers import Artifact, Verdict, verdicts
+from fp4conv.version import __version__
+
+DENSE_TARGETS = tuple(dtype.lower() for dtype in FLOAT_DTYPES)
+TARGETS = (*DENSE_TARGETS, *BLOCK_FORMATS)
+_CONFIG_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for, as far as it changes the bytes of the result."""
+
+    to: str
+    layout: str | None = None
+    selection: Selection = Selection()
+    rule: ScaleRule | None = None
+    ties: Ties = Ties.EVEN
+    input_scales: InputScales = field(default_factory=InputScales)
+    max_shard_bytes: int = 5_000_000_000
+    server: str | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A step before its tensors have a place."""
+
+    key: str
+    action: Action
+    parts: tuple[tuple[Part, TensorRef | bytes | None], ...]
+    target: str
+    weight: Weight | None = None
+    group: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.spec.nbytes for part, _ in self.parts)
+
+
+def make_plan(model: Model, options: Options) -> Plan:
+    """The plan that turns `model` into `options.to`. Raises PlanError or UsageError; see the module's docstring."""
+    target, layout, rule = _resolve(model, options)
+    chosen = select(model, target, layout, options.selection) if target else frozenset[str]()
+    if not target and not options.selection.is_default:
+        raise UsageError(f"--modules, --include and --exclude choose what is quantised; --to {options.to} quantises nothing")
+    scales, notes = input_scales_for(model, chosen, options.input_scales, layout)
+    drafts = [_draft(model, weight, options.to, target, layout, weight.name in chosen, scales) for weight in model.weights]
+    kv_drafts, kv_notes = kv_scale_drafts(model, options.input_scales, layout)
+    drafts += [Draft(part.name, Action.COPY, ((part, origin),), options.to) for part, origin in kv_drafts]
+    drafts.sort(key=lambda draft: natural_key(draft.key))
+    steps, shards = _place(_same_groups(drafts), options.max_shard_bytes)
+    config = _config(model, options.to, target, layout, chosen, bool(scales), bool(kv_drafts))
+    companions, left_out = companion_files(model.source, config)
+    files = (*_generated(config, shards), *companions)
+    artifact = _artifact(model, options.to, layout, chosen, bool(scales))
+    servers = verdicts(artifact)
+    _check_server(servers, options.server)
+    warnings = (*model.warnings, *notes, *kv_notes, *_notes(model, options, drafts), *left_out)
+    return Plan(
+        model, options.to, layout.name, rule, options.ties, steps, shards, files, servers, warnings, __version__
+    )
+
+
+def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
+    """(block format or None, layout, scale rule or None), each checked against the others."""
+    target = BLOCK_FORMATS.get(options.to)
+    if target is None and options.to not in DENSE_TARGETS:
+        raise UsageError(f"--to {options.to!r} is none of {', '.join(TARGETS)}")
+    layout = layout_named(options.layout) if options.layout else default_layout(options.to, model.family)
+    if (target.name if target else None) not in (layout.formats or (None,)):
+        fitting = default_layout(options.to, model.family).name
+        raise PlanError(
+            f"the {layout.name} layout does not hold {options.to}", hint=f"leave --layout out, or use --layout {fitting}"
+        )
+    if target is None:
+        if options.rule is not None:
+            raise UsageError(f"--scale-rule chooses scales of four-bit formats; --to {options.to} has none")
+        return None, layout, None
+    rule = options.rule or ScaleRule.MSE
+    if rule not in target.rules:
+        choices = ", ".join(choice.value for choice in target.rules)
+        raise UsageError(f"--scale-rule {rule.value} is not a rule of {target.name}; choose one of {choices}")
+    return target, layout, rule
+
+
+# ---- one weight
+
+
+def _draft(
+    model: Model,
+    weight: Weight,
+    to: str,
+    target: BlockFormat | None,
+    layout: Layout,
+    chosen: bool,
+    scales: Mapping[str, TensorRef | bytes],
+) -> Draft:
+    if target is not None and chosen:
+        return _draft_quantized(weight, target, layout, scales.get(weight.module))
+    main = model.main_dtype
+    if isinstance(weight.value, Decoded):
+        dtype = main if target is not None else to.upper()
+        return Draft(weight.name, Action.DEQUANTIZE, ((_dense_part(weight, dtype), None),), dtype.lower(), weight)
+    ref = weight.value.ref
+    # Tensors of another float type than most were put so on purpose (a router's F32 bias): they stay.
+    if target is None and ref.spec.dtype == main and main != to.upper():
+        return Draft(weight.name, Action.CAST, ((_dense_part(weight, to.upper()), None),), to, weight)
+    return Draft(weight.name, Action.COPY, ((Part(PACKED, ref.name, ref.spec), ref),), ref.spec.dtype.lower(), weight)
+
+
+def _dense_part(weight: Weight, dtype: str) -> Part:
+    return Part(PACKED, weight.name, TensorSpec(dtype, weight.shape), weight.kn)
+
+
+def _draft_quantized(
+    weight: Weight, target: BlockFormat, layout: Layout, input_scale: TensorRef | bytes | None
+) -> Draft:
+    parts = layout.place(weight, input_scale is not None)
+    value = weight.value
+    origins: dict[str, TensorRef | bytes | None] = {INPUT_SCALE: input_scale}
+    group: str | None = None
+    if isinstance(value, Stored):
+        action = Action.QUANTIZE
+    elif value.format_name != target.name:
+        action = Action.TRANSCODE
+    else:
+        assert all(part.kn == value.kn for part in parts if part.kind == PACKED), "a layout that turns codes is new"
+        origins |= {PACKED: value.packed, TENSOR_SCALE: value.tensor_scale}
+        action = Action.COPY if value.block == target.block else Action.REBLOCK
+        if action is Action.COPY:
+            origins[BLOCK_SCALE] = value.block_scale
+    if target.tensor_scale and action in (Action.QUANTIZE, Action.TRANSCODE):
+        group = shared_set_of(weight.module) or weight.module
+    placed = tuple((part, origins.get(part.kind)) for part in parts)
+    return Draft(weight.name, action, placed, target.name, weight, group)
+
+
+def _same_groups(drafts: Sequence[Draft]) -> Sequence[Draft]:
+    """Refuse a set of which some members keep a stored tensor scale and others would get a new one."""
+    new = {draft.group for draft in drafts if draft.group}
+    for draft in drafts:
+        key = shared_set_of(draft.weight.module) if draft.weight and draft.group is None else None
+        if key in new and draft.action in (Action.COPY, Action.REBLOCK) and len(draft.parts) > 1:
+            raise PlanError(
+                f"its stored tensor scale stays, but other members of {key} would be quantised anew with another",
+                where=draft.key,
+                hint="exclude the whole set, or start from the checkpoint this one was quantised from",
+            )
+    return drafts
+
+
+# ---- places
+
+
+def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, ...], dict[str, ShardLayout]]:
+    """Fill shards in order, a weight's parts together; a weight larger than the limit has a shard of its own."""
+    shards: list[list[Draft]] = [[]]
+    filled = 0
+    for draft in drafts:
+        if shards[-1] and filled + draft.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(draft)
+        filled += draft.nbytes
+    steps: list[Step] = []
+    layouts: dict[str, ShardLayout] = {}
+    for number, members in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        layouts[file] = lay_out([(part.name, part.spec) for draft in members for part, _ in draft.parts], file=file)
+        offsets = {ref.name: ref.offset for ref in layouts[file].tensors}
+        for draft in members:
+            outputs = tuple(Output(part, file, offsets[part.name], origin) for part, origin in draft.parts)
+            steps.append(Step(draft.key, draft.action, outputs, draft.target, draft.weight, draft.group))
+    return tuple(steps), layouts
+
+
+# ---- configs
+
+
+def _config(
+    model: Model,
+    to: str,
+    target: BlockFormat | None,
+    layout: Layout,
+    chosen: frozenset[str],
+    input_scales: bool,
+    kv_scales: bool,
+) -> Mapping[str, JSON]:
+    base = {key: value for key, value in model.config.items() if key not in ("quantization_config", "compression_config")}
+    if target is None:
+        base = _with_dtype(base, _CONFIG_DTYPES[to])
+    matrices = [weight for weight in model.weights if weight.is_matrix]
+    dense = [weight.module for weight in matrices if weight.name not in chosen]
+    if model.family.name != "encoder" and "lm_head" not in dense and "lm_head" not in {w.module for w in matrices}:
+        dense.append("lm_head")  # tied to the embeddings: no tensor, but a module that servers ask about
+    quantized = tuple(weight.module for weight in matrices if weight.name in chosen)
+    ignore = tuple(sorted(dense, key=natural_key))
+    return layout.config(Written(base, quantized, ignore, input_scales, kv_scales, __version__))
+
+
+def _with_dtype(config: dict[str, JSON], dtype: str) -> dict[str, JSON]:
+    """The config saying `dtype`, also in the text_config of a multimodal one; under the key that it uses."""
+    changed: dict[str, JSON] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            changed[key] = dtype
+        elif key == "text_config" and isinstance(value, dict):
+            changed[key] = _with_dtype(value, dtype)
+        else:
+            changed[key] = value
+    return changed
+
+
+def _generated(config: Mapping[str, JSON], shards: Mapping[str, ShardLayout]) -> tuple[PlannedFile, ...]:
+    contents = {name: _json_bytes(value) for name, value in config.items()}
+    if len(shards) > 1:
+        weight_map: dict[str, JSON] = {ref.name: file for file, shard in shards.items() for ref in shard.tensors}
+        refs = [ref for shard in shards.values() for ref in shard.tensors]
+        metadata: dict[str, JSON] = {"total_size": sum(ref.spec.nbytes for ref in refs)}
+        index: dict[str, JSON] = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        contents["model.safetensors.index.json"] = _json_bytes(index)
+    return tuple(PlannedFile(name, len(content), content) for name, content in contents.items())
+
+
+def _json_bytes(value: JSON) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ---- servers and warnings
+
+
+def _artifact(model: Model, to: str, layout: Layout, chosen: frozenset[str], input_scales: bool) -> Artifact:
+    k_multiple = 0
+    for weight in model.weights:
+        if weight.name in chosen:
+            k_multiple = gcd(k_multiple, weight.k)
+    return Artifact(to, layout.name, model.family.name, input_scales, k_multiple)
+
+
+def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
+    for verdict in servers:
+        if verdict.server == wanted and not verdict.loads:
+            able = ", ".join(v.server for v in servers if v.loads) or "none that is known"
+            raise PlanError(
+                f"{wanted} ({verdict.version}) would not load this result: {verdict.note}",
+                hint=f"servers that load it: {able}. Another --to or --layout may suit {wanted}",
+            )
+
+
+def _notes(model: Model, options: Options, drafts: Sequence[Draft]) -> list[str]:
+    notes = []
+    kept = [d for d in drafts if d.action is Action.COPY and d.weight and options.to in DENSE_TARGETS]
+    other = [d for d in kept if d.target in DENSE_TARGETS and d.target != options.to]
+    if other:
+        notes.append(f"{len(other)} tensors of another type than most stay as they are ({other[0].key}: {other[0].target})")
+    opaque = [w for w in model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
+    if opaque and options.to in BLOCK_FORMATS:
+        notes.append(f"{len(opaque)} tensors of more than two axes are copied, not quantised ({opaque[0].name})")
+    return notes

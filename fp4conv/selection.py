@@ -1,0 +1,103 @@
+"""Which weights of a model are to be held in a block format: scope, globs, exclusions, and sets that go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fp4conv.errors import PlanError, UsageError
+from fp4conv.families import EXCLUDED, SCOPES, shared_set_of
+from fp4conv.formats import BlockFormat
+from fp4conv.layouts import Layout
+from fp4conv.model import Decoded, Model, Weight
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`scope`: a key of families.SCOPES, or None for the default. Globs match module names."""
+
+    scope: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def is_default(self) -> bool:
+        return self == Selection()
+
+
+def select(model: Model, target: BlockFormat, layout: Layout, selection: Selection) -> frozenset[str]:
+    """Names of the weights that the result holds in `target`.
+
+    Without a word from the user: what the source holds in a block format already, else the family's scope.
+    Raises UsageError for a glob that matches no matrix, PlanError for what `layout` cannot hold and for a set
+    that a server fuses and that would be quantised in part.
+    """
+    matrices = [weight for weight in model.weights if weight.is_matrix]
+    _check_globs(selection, matrices)
+    already = frozenset(weight.name for weight in matrices if isinstance(weight.value, Decoded))
+    scope = SCOPES[selection.scope or model.family.scope]
+    chosen = set()
+    for weight in matrices:
+        if _matches(weight.module, selection.exclude):
+            continue
+        if _matches(weight.module, selection.include):
+            chosen.add(weight.name)
+        elif already and selection.scope is None:
+            if weight.name in already:
+                chosen.add(weight.name)
+        elif weight.role in scope and weight.role not in EXCLUDED:
+            chosen.add(weight.name)
+    if model.format_name == target.name:
+        # The source's own format is only laid out anew: what it holds stays unless it was excluded by name.
+        chosen |= {w.name for w in matrices if w.name in already and not _matches(w.module, selection.exclude)}
+    _check_layout(model, layout, [weight for weight in matrices if weight.name in chosen])
+    _check_sets(matrices, chosen, already)
+    return frozenset(chosen)
+
+
+def _matches(module: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(module, glob) for glob in globs)
+
+
+def _check_globs(selection: Selection, matrices: Sequence[Weight]) -> None:
+    for option, globs in (("--include", selection.include), ("--exclude", selection.exclude)):
+        for glob in globs:
+            if not any(fnmatchcase(weight.module, glob) for weight in matrices):
+                example = f" (such as {matrices[0].module})" if matrices else ""
+                raise UsageError(
+                    f"{option} {glob!r} matches no module that has a matrix",
+                    hint=f"globs match whole module names{example}; list them with: fp4conv inspect SRC --headers-only",
+                )
+
+
+def _check_layout(model: Model, layout: Layout, chosen: Sequence[Weight]) -> None:
+    if not chosen:
+        raise PlanError(
+            f"nothing to quantise was found in {model.source.name} (family {model.family.name}, "
+            f"{len(model.weights)} tensors)",
+            hint="name the modules with --include 'GLOB'; list them with: fp4conv inspect SRC --headers-only",
+        )
+    for weight in chosen:
+        if reason := layout.refusal(weight, model.family):
+            raise PlanError(reason, where=weight.name)
+
+
+def _check_sets(matrices: Sequence[Weight], chosen: set[str], already: frozenset[str]) -> None:
+    """Servers stack the members of a set: some in four bits and some not, they refuse to load."""
+    members: dict[str, list[Weight]] = {}
+    for weight in matrices:
+        if key := shared_set_of(weight.module):
+            members.setdefault(key, []).append(weight)
+    for key, weights in members.items():
+        inside = [w for w in weights if w.name in chosen]
+        outside = [w for w in weights if w.name not in chosen]
+        newly = any(w.name not in already for w in inside) or any(w.name in already for w in outside)
+        if inside and outside and newly:
+            parent = key.partition("{")[0]
+            raise PlanError(
+                f"servers fuse {key}, so its members must be quantised all or none; "
+                f"{', '.join(w.module for w in outside)} would stay dense",
+                where=inside[0].module,
+                hint=f"widen or narrow --include/--exclude to the whole set, such as '{parent}*'",
+            )

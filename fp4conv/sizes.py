@@ -1,0 +1,39 @@
+"""Sizes as people write and read them: '5GB', '512MiB', 1.4 GB."""
+
+from __future__ import annotations
+
+import re
+
+from fp4conv.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB' (10^9), '512MiB' (2^20) or a plain number. Raises UsageError."""
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise UsageError(f"{text!r} is not a size", hint="write it like 5GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * unit)
+
+
+def format_size(nbytes: float) -> str:
+    """Decimal, three figures: '1.41 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
