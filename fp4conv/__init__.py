@@ -1,7 +1,34 @@
-"""fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model."""
+"""fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model.
+
+`convert`, `inspect` and `open` are the commands as functions. They are imported when first asked for, so
+that `import fp4conv` costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from fp4conv.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fp4conv.commands.convert import convert
+    from fp4conv.commands.inspect import inspect
+    from fp4conv.commands.open import Checkpoint, open
+    from fp4conv.errors import Fp4convError
+
+__all__ = ["Checkpoint", "Fp4convError", "__version__", "convert", "inspect", "open"]
+
+_HOMES = {
+    "convert": "fp4conv.commands.convert",
+    "inspect": "fp4conv.commands.inspect",
+    "open": "fp4conv.commands.open",
+    "Checkpoint": "fp4conv.commands.open",
+    "Fp4convError": "fp4conv.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fp4conv' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -8,69 +8,25 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from fp4conv.errors import UsageError
 from fp4conv.formats import ScaleRule, Ties
 from fp4conv.input_scales import InputScaleMode, InputScales
 from fp4conv.layouts import parse
-from fp4conv.model import JSON
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
 from fp4conv.selection import Selection
-from fp4conv.servers import SERVERS, Verdict
+from fp4conv.report.converted import ConvertResult
+from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
 from fp4conv.sources import open_source
 from fp4conv.staging import Staging, stage
 
 DEFAULT_MEMORY = "1GB"
 DEFAULT_SHARD = "5GB"
-
-
-@dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did, or (`dry_run`) would do. `sqnr_db` is None where nothing was lost or nothing measured.
-
-    `per_tensor`: SQNR in dB of every tensor that was quantised. `lossy_blocks`: 16-value blocks of an MXFP4
-    source that NVFP4 could not hold exactly.
-    """
-
-    source: str
-    destination: str
-    format: str
-    layout: str
-    converted: int
-    copied: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_rss_bytes: int
-    lossy_blocks: int
-    sqnr_db: float | None
-    per_tensor: Mapping[str, float | None]
-    servers: tuple[Verdict, ...]
-    warnings: tuple[str, ...]
-    dry_run: bool = False
-
-    def to_json(self) -> dict[str, JSON]:
-        return {
-            "source": self.source,
-            "destination": self.destination,
-            "format": self.format,
-            "layout": self.layout,
-            "tensors": {"converted": self.converted, "copied": self.copied, "merged": 0},
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "lossy_blocks": self.lossy_blocks,
-            "sqnr_db": self.sqnr_db,
-            "per_tensor": dict(self.per_tensor),
-            "servers": [_verdict_json(verdict) for verdict in self.servers],
-            "warnings": list(self.warnings),
-            "dry_run": self.dry_run,
-        }
 
 
 def convert(
@@ -101,7 +57,7 @@ def convert(
     goes on when called again with the same arguments. Raises the errors of fp4conv.errors.
     """
     started = time.monotonic()
-    threads, memory = _resources(workers, max_memory)
+    threads, memory = resources(workers, max_memory)
     plan = plan_conversion(
         source,
         to=to,
@@ -165,8 +121,8 @@ def plan_conversion(
         to=to,
         layout=layout,
         selection=Selection(modules, tuple(include), tuple(exclude)),
-        rule=ScaleRule(scale_rule) if scale_rule is not None else None,
-        ties=Ties(ties),
+        rule=None if scale_rule is None else _choice(ScaleRule, scale_rule, "--scale-rule"),
+        ties=_choice(Ties, ties, "--ties"),
         input_scales=_input_scales(input_scales),
         max_shard_bytes=parse_size(str(max_shard_size)),
         server=for_server,
@@ -186,7 +142,20 @@ def write_files(plan: Plan, out: Staging) -> None:
         out.write_file(file.name, content)
 
 
-def _resources(workers: int | None, max_memory: int | str) -> tuple[int, int]:
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def _choice(kind: type[_Choice], value: object, option: str) -> _Choice:
+    """The member of `kind` that `value` names; UsageError lists them."""
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(str(member.value) for member in kind)
+        raise UsageError(f"{option} {value!r} is none of {names}") from None
+
+
+def resources(workers: int | None, max_memory: int | str) -> tuple[int, int]:
+    """(threads, bytes of memory) that the options mean."""
     threads = workers if workers is not None else available_cores()
     if threads < 1:
         raise UsageError(f"--workers {threads}: at least one is needed")
@@ -246,20 +215,7 @@ def _result(
     )
 
 
-def _verdict_json(verdict: Verdict) -> dict[str, JSON]:
-    return {
-        "server": verdict.server,
-        "version": verdict.version,
-        "loads": verdict.loads,
-        "silent": verdict.silent,
-        "note": verdict.note,
-        "source": verdict.source,
-    }
-
-
 def peak_rss_bytes() -> int:
     """The most memory that this process has had resident."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

@@ -1,0 +1,127 @@
+"""What a checkpoint holds, as values: from its headers, a row a tensor, and folded over layers that look the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fp4conv.model import JSON, Decoded, Model
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of the model. `bits_per_weight` counts codes and scales."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    bytes: int
+    bits_per_weight: float
+    role: str
+    file: str
+    count: int = 1  # how many tensors a folded row stands for
+
+
+@dataclass(frozen=True)
+class Inspected:
+    source: str
+    format: str
+    layout: str
+    family: str
+    parameters: int
+    bytes: int
+    tensors: tuple[TensorFacts, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    def to_json(self) -> dict[str, JSON]:
+        tensors: list[JSON] = [
+            {
+                "name": t.name,
+                "format": t.format,
+                "shape": list(t.shape),
+                "bytes": t.bytes,
+                "bits_per_weight": t.bits_per_weight,
+                "role": t.role,
+                "file": t.file,
+            }
+            for t in self.tensors
+        ]
+        return {
+            "source": self.source,
+            "format": self.format,
+            "layout": self.layout,
+            "family": self.family,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": tensors,
+            "warnings": list(self.warnings),
+        }
+
+
+def describe(model: Model) -> Inspected:
+    tensors = tuple(
+        TensorFacts(
+            name=weight.name,
+            format=_format_name(weight.value.format_name, weight.value.block)
+            if isinstance(weight.value, Decoded)
+            else weight.format_name,
+            shape=weight.shape,
+            bytes=weight.nbytes,
+            bits_per_weight=8 * weight.nbytes / weight.elements if weight.elements else 0.0,
+            role=weight.role.value,
+            file=weight.value.refs[0].file,
+        )
+        for weight in model.weights
+    )
+    return Inspected(
+        source=model.source.name,
+        format=model.format_name,
+        layout=model.layout,
+        family=model.family.name,
+        parameters=model.parameters,
+        bytes=model.nbytes,
+        tensors=tensors,
+        warnings=model.warnings,
+    )
+
+
+def _format_name(name: str, block: int) -> str:
+    """'nvfp4', or with the block length where it is not the format's own: 'nvfp4 (block 32)'."""
+    return f"{name} (block {block})" if (name, block) == ("nvfp4", 32) else name
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def fold(tensors: Sequence[TensorFacts]) -> tuple[TensorFacts, ...]:
+    """One row for tensors that differ in the numbers of layers and experts alone: 'layers.{0..35}.q_proj.weight'."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[TensorFacts]] = {}
+    for facts in tensors:
+        groups.setdefault((_NUMBER.sub("*", facts.name), facts.format, facts.shape), []).append(facts)
+    return tuple(_folded(members) for members in groups.values())
+
+
+def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
+    if len(members) == 1:
+        return members[0]
+    numbers = [[int(n) for n in _NUMBER.findall(facts.name)] for facts in members]
+    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
+    name = _NUMBER.sub(lambda _: next(spans), members[0].name)
+    return replace(members[0], name=name, bytes=sum(facts.bytes for facts in members), count=len(members))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """'7', '{0..35}', or '{0,2,..}' where there are gaps."""
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    if last - first + 1 == len(numbers):
+        return f"{{{first}..{last}}}"
+    shown = ",".join(map(str, numbers[:3]))
+    return f"{{{shown}{',..' if len(numbers) > 3 else ''}}}"

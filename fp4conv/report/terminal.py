@@ -1,0 +1,140 @@
+"""What the commands print for people: rich tables on stdout, at any width. Machines take --json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fp4conv.plan import Action, Plan
+from fp4conv.report.converted import ConvertResult
+from fp4conv.report.facts import Inspected, TensorFacts
+from fp4conv.servers import Verdict
+from fp4conv.sizes import format_size
+
+_VERBS = {
+    Action.COPY: "copied as they are",
+    Action.CAST: "cast",
+    Action.QUANTIZE: "quantised",
+    Action.DEQUANTIZE: "decoded",
+    Action.TRANSCODE: "transcoded",
+    Action.REBLOCK: "blocks of 32 split into 16",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that wraps at the terminal's width, and at 100 columns where there is no terminal."""
+    plain = Console(stderr=stderr, highlight=False)
+    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=100)
+
+
+def grid(*alignments: str) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for align in alignments:
+        table.add_column(justify="right" if align == ">" else "left", overflow="fold")
+    return table
+
+
+def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType:
+    """The plan of a dry run: tensors by action, sizes, shards, disk, memory, servers."""
+    counts = Counter((step.action, step.target) for step in plan.steps)
+    written: Counter[tuple[Action, str]] = Counter()
+    for step in plan.steps:
+        written[step.action, step.target] += step.bytes_written
+    actions = grid("<", ">", "<", ">")
+    for (action, target), count in sorted(counts.items(), key=lambda item: -written[item[0]]):
+        wording = _VERBS[action] + (f" ({target})" if action is Action.COPY else f" to {target}")
+        actions.add_row("", f"{count:,}", wording, format_size(written[action, target]))
+    facts = grid("<", "<")
+    model = plan.model
+    facts.add_row("source", f"{model.source.name}  ({model.format_name}, {model.layout} layout, family {model.family.name})")
+    facts.add_row("target", f"{plan.target}, {plan.layout} layout" + (f", scale rule {plan.rule.value}" if plan.rule else ""))
+    facts.add_row("reads", format_size(plan.bytes_read) + (f", {format_size(plan.scan_bytes)} of it twice" if plan.scan_bytes else ""))
+    facts.add_row("writes", f"{format_size(plan.total_bytes)} in {len(plan.shards)} shard{'s' * (len(plan.shards) > 1)} and {len(plan.files)} files")
+    facts.add_row("disk", f"needs {format_size(plan.total_bytes)}, {format_size(free_bytes)} free")
+    facts.add_row("memory", f"at most {format_size(peak_bytes)}")
+    return Group(facts, Text(), Text("tensors"), actions, Text(), *servers_view(plan.servers))
+
+
+def servers_view(servers: Sequence[Verdict]) -> list[RenderableType]:
+    """One line a server: whether it loads exactly this, and why not or on what condition."""
+    if not servers:
+        return []
+    table = grid("<", "<", "<")
+    for verdict in servers:
+        word, style = _verdict_word(verdict)
+        table.add_row(verdict.server, Text(word, style=style), Text(verdict.note, style="dim"))
+    return [Text("servers (as their sources say; --for SERVER makes a refusal an error)"), table]
+
+
+def _verdict_word(verdict: Verdict) -> tuple[str, str]:
+    if verdict.loads:
+        return "loads", "green"
+    return ("wrong, in silence", "bold red") if verdict.silent else ("no", "yellow")
+
+
+def warnings_view(warnings: Iterable[str]) -> list[RenderableType]:
+    return [Text.assemble(("warning: ", "yellow"), warning) for warning in warnings]
+
+
+def inspect_view(found: Inspected, rows: Sequence[TensorFacts]) -> RenderableType:
+    """The headline, and a table with a line for each of `rows`."""
+    head = grid("<", "<")
+    head.add_row("source", found.source)
+    head.add_row("format", f"{found.format}, {found.layout} layout, family {found.family}")
+    head.add_row("parameters", f"{found.parameters:,}")
+    head.add_row("size", f"{format_size(found.bytes)}, {found.bits_per_weight:.2f} bits a weight")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for title in ("format", "shape", "tensors", "size", "bits"):
+        table.add_column(title, justify="left" if title == "format" else "right", no_wrap=True)
+    for row in rows:
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        bits = f"{row.bits_per_weight:.2f}"
+        table.add_row(row.name, row.format, shape, f"{row.count:,}", format_size(row.bytes), bits)
+    return Group(head, table, *warnings_view(found.warnings))
+
+
+def convert_view(result: ConvertResult) -> RenderableType:
+    """What a conversion did: where, how large, how fast, what it cost, and which servers load it."""
+    facts = grid("<", "<")
+    facts.add_row("written", f"{result.destination}  ({result.format}, {result.layout} layout)")
+    facts.add_row("tensors", f"{result.converted:,} converted, {result.copied:,} copied")
+    rate = result.bytes_read / result.seconds if result.seconds else 0.0
+    sizes = f"{format_size(result.bytes_read)} read, {format_size(result.bytes_written)} written"
+    facts.add_row("size", f"{sizes}, in {result.seconds:.1f} s ({format_size(rate)}/s)")
+    facts.add_row("memory", f"{format_size(result.peak_rss_bytes)} at the most")
+    facts.add_row("error", error_words(result))
+    return Group(facts, Text(), *servers_view(result.servers))
+
+
+def error_words(result: ConvertResult) -> str:
+    """SQNR in dB and the weight that lost most; or that nothing was lost."""
+    known = {name: db for name, db in result.per_tensor.items() if db is not None}
+    if not result.per_tensor:
+        return "nothing was quantised"
+    if not known or result.sqnr_db is None:
+        return "none: every value is as it was"
+    worst = min(known, key=lambda name: known[name])
+    words = f"SQNR {result.sqnr_db:.2f} dB; lowest {known[worst]:.2f} dB in {worst}"
+    if result.lossy_blocks:
+        words += f"; {result.lossy_blocks:,} blocks of 16 could not be held exactly"
+    return words
+
+
+def tour_view(source_bytes: int, stops: Sequence[tuple[str, bool, ConvertResult]]) -> RenderableType:
+    """The demo's table: what each conversion wrote, and what it cost."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("checkpoint", "from", "size", "of BF16", "values against its source"):
+        table.add_column(title, justify="right" if title in ("size", "of BF16") else "left", overflow="fold")
+    table.add_row("bf16", "", format_size(source_bytes), "100 %", "")
+    for name, exact, result in stops:
+        share = f"{100 * result.bytes_written / source_bytes:.0f} %"
+        cost = Text("all equal", style="green") if exact else Text(f"SQNR {result.sqnr_db or 0:.2f} dB")
+        table.add_row(name, PurePath(result.source).name, format_size(result.bytes_written), share, cost)
+    return table
