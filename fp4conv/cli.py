@@ -62,21 +62,57 @@ def main() -> None:
     """Convert language-model checkpoints between BF16, MXFP4 and NVFP4: exact, streaming, resumable."""
 
 
-@main.command(epilog=_epilog("fp4conv convert gpt-oss-20b gpt-oss-20b-bf16 --to bf16", "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run"))
+@main.command(
+    epilog=_epilog(
+        "fp4conv convert gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
+        "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run",
+    )
+)
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="DST")
-@click.option("--to", required=True, type=click.Choice(["bf16", "f16", "f32", "mxfp4", "nvfp4"]), help="Number format of the result.")
-@click.option("--layout", metavar="NAME", help="On-disk convention: hf, openai, modelopt or compressed-tensors. Default: what servers expect of the model and format.")
-@click.option("--modules", type=click.Choice(["experts", "mlp", "all"]), help="What is quantised. Default: what the source has quantised; else experts for gpt-oss, all linear layers for other models.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["bf16", "f16", "f32", "mxfp4", "nvfp4"]),
+    help="Number format of the result.",
+)
+@click.option(
+    "--layout",
+    metavar="NAME",
+    help="hf, openai, modelopt or compressed-tensors. Default: what servers expect.",
+)
+@click.option(
+    "--modules",
+    type=click.Choice(["experts", "mlp", "all"]),
+    help="What is quantised. Default: what SRC has quantised; else experts for gpt-oss, all for others.",
+)
 @click.option("--include", multiple=True, metavar="GLOB", help="Quantise these modules too. Repeatable.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these modules dense. Repeatable.")
-@click.option("--scale-rule", type=click.Choice(_RULES), help="mxfp4: floor, rceil, even, mse. nvfp4: amax, four-over-six, mse. Default: mse.")
-@click.option("--ties", type=click.Choice([t.value for t in Ties]), default=Ties.EVEN.value, show_default=True, help="Where a value half way between two codes goes.")
-@click.option("--input-scales", default="stored", show_default=True, metavar="none|stored|constant|FILE", help="NVFP4 scales of activations (W4A4).")
+@click.option(
+    "--scale-rule",
+    type=click.Choice(_RULES),
+    help="mxfp4: floor, rceil, even, mse. nvfp4: amax, four-over-six, mse. Default: mse.",
+)
+@click.option(
+    "--ties",
+    type=click.Choice([t.value for t in Ties]),
+    default=Ties.EVEN.value,
+    show_default=True,
+    help="Where a value half way between two codes goes.",
+)
+@click.option(
+    "--input-scales",
+    default="stored",
+    show_default=True,
+    metavar="none|stored|constant|FILE",
+    help="NVFP4 scales of activations (W4A4).",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
 @click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
-@click.option("--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result.")
+@click.option(
+    "--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DST; the old one stays until the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
@@ -93,7 +129,12 @@ def convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **
         return
     with _Meter(quiet) as meter:
         result = command.convert(
-            src, dst, command=shlex.join(["fp4conv", *sys.argv[1:]]), on_plan=meter.plan, on_bytes=meter.advance, **options  # type: ignore[arg-type]
+            src,
+            dst,
+            command=shlex.join(["fp4conv", *sys.argv[1:]]),
+            on_plan=meter.plan,
+            on_bytes=meter.advance,
+            **options,  # type: ignore[arg-type]
         )
     if as_json:
         _print_json(result.to_json())
@@ -129,9 +170,13 @@ def _free_bytes(path: Path) -> int:
 
 @main.command(epilog=_epilog("fp4conv inspect gpt-oss-20b --headers-only"))
 @click.argument("src", metavar="SRC")
-@click.option("--headers-only", is_flag=True, help="Read headers and configs, no tensor. (All that inspect does so far.)")
+@click.option(
+    "--headers-only", is_flag=True, help="Read headers and configs, no tensor. (All that inspect does so far.)"
+)
 @click.option("--tensor", metavar="GLOB", help="Only tensors whose name matches, each on a line of its own.")
-@click.option("--sort", type=click.Choice(["name", "format", "bytes", "bits"]), default="name", help="Order of the table.")
+@click.option(
+    "--sort", type=click.Choice(["name", "format", "bytes", "bits"]), default="name", help="Order of the table."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def inspect(src: str, headers_only: bool, tensor: str | None, sort: str, as_json: bool) -> None:
     """Show the format, family and size of the checkpoint in SRC, and a table of its tensors.
@@ -217,7 +262,11 @@ class _Meter:
 
         _announce_kernels(self._quiet)
         bar = tqdm(
-            total=plan.bytes_read, unit="B", unit_scale=True, desc=f"to {plan.target}", disable=True if self._quiet else None
+            total=plan.bytes_read,
+            unit="B",
+            unit_scale=True,
+            desc=f"to {plan.target}",
+            disable=True if self._quiet else None,
         )
         self._advance, self._close = bar.update, bar.close
 

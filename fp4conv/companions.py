@@ -29,7 +29,9 @@ _LARGEST = 64 * 2**20  # tokenizers are below it; a larger .json or .txt is data
 
 def companion_files(source: Source, config: Mapping[str, JSON]) -> tuple[tuple[PlannedFile, ...], tuple[str, ...]]:
     """(files to copy, warnings that name what is left out)."""
-    code = _auto_map_modules(source.json("config.json") or {}) | _auto_map_modules(source.json("tokenizer_config.json") or {})
+    code = _auto_map_modules(source.json("config.json") or {}) | _auto_map_modules(
+        source.json("tokenizer_config.json") or {}
+    )
     copied, left = [], []
     for file in source.files:
         name = file.name

@@ -29,6 +29,7 @@ class Role(str, Enum):
     NORM = "norm"
     CONV = "conv"
     SSM = "ssm"
+    ABSORBED = "absorbed"
     EXPERT = "expert"
     ATTENTION = "attention"
     MLP = "mlp"
@@ -43,16 +44,28 @@ def _part(words: str) -> re.Pattern[str]:
 # The first row that matches a module's dotted name decides its role. Towers come first: what is inside
 # one is the tower's, whatever its own name.
 ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    (Role.VISION, _part(r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_newline|vision_embed_tokens")),
+    (
+        Role.VISION,
+        _part(r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_newline|vision_embed_tokens"),
+    ),
     (Role.AUDIO, _part(r"audio_tower|audio_model|audio_encoder|speech_encoder|audio_encoder_layer")),
-    (Role.PROJECTOR, _part(r"multi_modal_projector|mm_projector|connector|merger|aligner|embed_vision|embed_audio|vision_projection")),
+    (
+        Role.PROJECTOR,
+        _part(
+            r"multi_modal_projector|mm_projector|connector|merger|aligner|embed_vision|embed_audio|vision_projection"
+        ),
+    ),
     (Role.MTP, _part(r"mtp|nextn|eh_proj|shared_head")),
     (Role.CONV, _part(r"\w*conv\w*")),
     (Role.SSM, _part(r"A_log|D|dt_bias|dt_proj|x_proj|in_proj_a|in_proj_b|in_proj_ba|ssm")),
     (Role.NORM, _part(r"\w*[nN]orm\w*|ln_?\w{0,2}|\w+_ln")),
-    (Role.EMBEDDING, _part(r"embed_tokens\w*|embeddings?|wte|wpe|tok_embeddings|embed_positions|embed_in|\w+_embeddings?|shared")),
+    (
+        Role.EMBEDDING,
+        _part(r"embed_tokens\w*|embeddings?|wte|wpe|tok_embeddings|embed_positions|embed_in|\w+_embeddings?|shared"),
+    ),
     (Role.HEAD, _part(r"lm_head|output_layer|embed_out|score|classifier|qa_outputs|pooler|cls|value_head")),
     (Role.ROUTER, _part(r"router|gate|shared_expert_gate|indexer")),
+    (Role.ABSORBED, _part(r"kv_b_proj")),
     (Role.EXPERT, re.compile(r"(^|\.)experts\.(\d+\.)?\w+")),
     (Role.ATTENTION, _part(r"self_attn|attention|attn|linear_attn|self_attention|cross_attn|mixer")),
     (Role.MLP, _part(r"mlp|feed_forward|ffn|block_sparse_moe|moe|intermediate|output|shared_experts?|fc1|fc2")),
@@ -70,6 +83,7 @@ EXCLUDED: Mapping[Role, str] = {
     Role.MTP: "multi-token-prediction heads",
     Role.CONV: "convolutions",
     Role.SSM: "state-space parameters",
+    Role.ABSORBED: "DeepSeek's kv_b_proj: servers split it by heads (SGLang as if it were dense)",
 }
 
 # Modules of one parent that a server stacks into one matrix with one tensor scale.
@@ -81,6 +95,7 @@ SHARED_SETS: tuple[tuple[str, ...], ...] = (
     ("w1", "w3"),  # Mixtral: w1 = gate, w3 = up
     ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek's latent attention
     ("in_proj_qkv", "in_proj_z"),  # gated delta nets
+    ("c_fc_0", "c_fc_1"),  # EXAONE
 )
 
 # --modules NAME -> the roles it selects.
@@ -109,7 +124,10 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         "gpt-oss",
-        (re.compile(r"\.mlp\.experts\.(gate_up|down)_proj(_blocks|_scales|_weight_scale)?$"), re.compile(r"\.self_attn\.sinks$")),
+        (
+            re.compile(r"\.mlp\.experts\.(gate_up|down)_proj(_blocks|_scales|_weight_scale)?$"),
+            re.compile(r"\.self_attn\.sinks$"),
+        ),
         scope="experts",
         experts_kn=True,
     ),

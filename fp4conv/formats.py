@@ -67,9 +67,7 @@ class BlockFormat:
         return self.element.bits + self.scale.bits / self.block
 
 
-MXFP4 = BlockFormat(
-    "mxfp4", E2M1, 32, E8M0, False, (ScaleRule.FLOOR, ScaleRule.RCEIL, ScaleRule.EVEN, ScaleRule.MSE)
-)
+MXFP4 = BlockFormat("mxfp4", E2M1, 32, E8M0, False, (ScaleRule.FLOOR, ScaleRule.RCEIL, ScaleRule.EVEN, ScaleRule.MSE))
 NVFP4 = BlockFormat("nvfp4", E2M1, 16, E4M3, True, (ScaleRule.AMAX, ScaleRule.FOUR_OVER_SIX, ScaleRule.MSE))
 BLOCK_FORMATS = {MXFP4.name: MXFP4, NVFP4.name: NVFP4}
 

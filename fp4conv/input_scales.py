@@ -7,6 +7,7 @@ all experts of a layer on one scale, so those take the largest amax of their set
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -42,13 +43,14 @@ class InputScales:
 
     @staticmethod
     def from_file(path: Path) -> InputScales:
-        """Read F32 [] tensors `<module>.input_amax`, `<module>.k_amax`, `<module>.v_amax`; SourceError for others."""
+        """Read F32 [] tensors `<module>.input_amax`, `.k_amax` and `.v_amax`; SourceError for others."""
         amax: dict[str, float] = {}
         with Reader(path.parent) as reader:
             for ref in read_header(path, path.name).tensors:
                 if ref.spec.dtype != "F32" or ref.spec.elements != 1 or not ref.name.endswith((_INPUT_AMAX, *_KV)):
                     raise SourceError(
-                        f"{ref.spec.dtype} {list(ref.spec.shape)}; expected F32 scalars <module>{_INPUT_AMAX}, .k_amax, .v_amax",
+                        f"{ref.spec.dtype} {list(ref.spec.shape)}; expected F32 scalars named <module>{_INPUT_AMAX} "
+                        "(or .k_amax, .v_amax)",
                         where=f"{ref.name} ({path.name})",
                         hint="such a file is what calibration writes",
                     )
@@ -56,7 +58,9 @@ class InputScales:
                 reader.read_into(path.name, ref.offset, value)
                 amax[ref.name] = float(value[0])
                 if not (np.isfinite(value[0]) and value[0] > 0):
-                    raise SourceError(f"an amax of {value[0]}; expected finite and > 0", where=f"{ref.name} ({path.name})")
+                    raise SourceError(
+                        f"an amax of {value[0]}; expected finite and > 0", where=f"{ref.name} ({path.name})"
+                    )
         return InputScales(InputScaleMode.FILE, amax)
 
 
@@ -85,7 +89,11 @@ def input_scales_for(
             hint="leave the activations unquantised with --input-scales none, or give --input-scales FILE",
         )
     unused = sorted(set(stored) - set(modules))
-    notes = [f"the input scales of {len(unused)} modules that are not quantised are left out ({unused[0]})"] if unused else []
+    notes = (
+        [f"the input scales of {len(unused)} modules that are not quantised are left out ({unused[0]})"]
+        if unused
+        else []
+    )
     return {module: stored[module] for module in modules}, notes
 
 
@@ -105,7 +113,7 @@ def _set_key(module: str) -> str:
     return _EXPERT.sub(".experts.*.", shared_set_of(module) or module)
 
 
-def kv_scale_drafts(
+def kv_scale_parts(
     model: Model, wanted: InputScales, layout: Layout
 ) -> tuple[list[tuple[Part, TensorRef | bytes]], list[str]]:
     """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
@@ -116,7 +124,9 @@ def kv_scale_drafts(
         for name, value in wanted.amax.items():
             for suffix, scale in _KV.items():
                 if name.endswith(suffix):
-                    made.append((Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value)))
+                    made.append(
+                        (Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value))
+                    )
         return made, []
     if stored and NVFP4.name not in layout.formats:
         return [], [f"{len(stored)} FP8 KV-cache scales are left out: the {layout.name} layout has no place for them"]
@@ -129,6 +139,4 @@ def _module(input_scale_name: str) -> str:
 
 
 def _f32(value: float) -> bytes:
-    return np.float32(value).astype("<f4").tobytes()
-
-
+    return struct.pack("<f", value)

@@ -16,7 +16,7 @@ from fp4conv.families import Family, Role
 from fp4conv.formats import BLOCK_FORMATS, BlockFormat
 from fp4conv.safetensors_io import Reader, TensorRef
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
@@ -26,6 +26,8 @@ class SourceFile(Protocol):
     def name(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def weights(self) -> bool: ...
 
 
 class Source(Protocol):

@@ -17,7 +17,7 @@ from fp4conv.errors import PlanError
 from fp4conv.formats import ScaleRule, Ties
 from fp4conv.layouts.parts import Part
 from fp4conv.model import Decoded, Model, Stored, Weight
-from fp4conv.safetensors_io import DTYPE_BYTES, ShardLayout, TensorRef
+from fp4conv.safetensors_io import ShardLayout, TensorRef
 from fp4conv.servers import Verdict
 
 # Measured: interpreter, NumPy, Numba with LLVM and the loaded kernels, before the first block is read.
@@ -207,7 +207,8 @@ def units(step: Step, budget: int) -> Iterator[Unit | Span]:
 def matrix_units(step: Step, budget: int) -> Iterator[Unit]:
     """The units of rows of a step's weight."""
     weight = step.weight
-    assert weight is not None and weight.is_matrix
+    assert weight is not None
+    assert weight.is_matrix
     per_row = bytes_per_row(step)
     if per_row > budget:
         raise PlanError(
@@ -223,7 +224,7 @@ def matrix_units(step: Step, budget: int) -> Iterator[Unit]:
 
 
 def peak_bytes(plan: Plan, max_memory: int, workers: int) -> int:
-    """Upper bound of resident memory while `plan` runs: a constant and what the workers hold, whatever the model's size."""
+    """Upper bound of resident memory: a constant and what the workers hold, whatever the model's size."""
     budget = block_budget(max_memory, workers)
     largest = UNIT_BYTES
     for step in plan.steps:

@@ -14,8 +14,8 @@ from math import gcd
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.families import Role, natural_key, shared_set_of
-from fp4conv.formats import BLOCK_FORMATS, BlockFormat, ScaleRule, Ties
-from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_drafts
+from fp4conv.formats import BLOCK_FORMATS, NVFP4, BlockFormat, ScaleRule, Ties
+from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_parts
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
 from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, Model, Stored, Weight
@@ -36,7 +36,7 @@ class Options:
 
     to: str
     layout: str | None = None
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
     rule: ScaleRule | None = None
     ties: Ties = Ties.EVEN
     input_scales: InputScales = field(default_factory=InputScales)
@@ -65,23 +65,39 @@ def make_plan(model: Model, options: Options) -> Plan:
     target, layout, rule = _resolve(model, options)
     chosen = select(model, target, layout, options.selection) if target else frozenset[str]()
     if not target and not options.selection.is_default:
-        raise UsageError(f"--modules, --include and --exclude choose what is quantised; --to {options.to} quantises nothing")
+        raise UsageError(
+            f"--modules, --include and --exclude choose what is quantised; --to {options.to} quantises nothing"
+        )
     scales, notes = input_scales_for(model, chosen, options.input_scales, layout)
-    drafts = [_draft(model, weight, options.to, target, layout, weight.name in chosen, scales) for weight in model.weights]
-    kv_drafts, kv_notes = kv_scale_drafts(model, options.input_scales, layout)
-    drafts += [Draft(part.name, Action.COPY, ((part, origin),), options.to) for part, origin in kv_drafts]
+    kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout)
+    goal = _Goal(model, options.to, target, layout, chosen, scales, bool(kv_scales))
+    drafts = [_draft(goal, weight) for weight in model.weights]
+    drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
-    steps, shards = _place(_same_groups(drafts), options.max_shard_bytes)
-    config = _config(model, options.to, target, layout, chosen, bool(scales), bool(kv_drafts))
+    _check_groups(drafts)
+    steps, shards = _place(drafts, options.max_shard_bytes)
+    config = _config(goal)
     companions, left_out = companion_files(model.source, config)
-    files = (*_generated(config, shards), *companions)
-    artifact = _artifact(model, options.to, layout, chosen, bool(scales))
-    servers = verdicts(artifact)
+    servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
-    warnings = (*model.warnings, *notes, *kv_notes, *_notes(model, options, drafts), *left_out)
+    warnings = (*model.warnings, *notes, *kv_notes, *_notes(goal, drafts), *left_out)
+    files = (*_generated(config, shards), *companions)
     return Plan(
         model, options.to, layout.name, rule, options.ties, steps, shards, files, servers, warnings, __version__
     )
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """The options resolved against a model. `chosen`: names of weights; `scales`: module -> input scale."""
+
+    model: Model
+    to: str
+    target: BlockFormat | None
+    layout: Layout
+    chosen: frozenset[str]
+    scales: Mapping[str, TensorRef | bytes]
+    kv_scales: bool
 
 
 def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
@@ -93,7 +109,8 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
     if (target.name if target else None) not in (layout.formats or (None,)):
         fitting = default_layout(options.to, model.family).name
         raise PlanError(
-            f"the {layout.name} layout does not hold {options.to}", hint=f"leave --layout out, or use --layout {fitting}"
+            f"the {layout.name} layout does not hold {options.to}",
+            hint=f"leave --layout out, or use --layout {fitting}",
         )
     if target is None:
         if options.rule is not None:
@@ -109,25 +126,18 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
 # ---- one weight
 
 
-def _draft(
-    model: Model,
-    weight: Weight,
-    to: str,
-    target: BlockFormat | None,
-    layout: Layout,
-    chosen: bool,
-    scales: Mapping[str, TensorRef | bytes],
-) -> Draft:
-    if target is not None and chosen:
-        return _draft_quantized(weight, target, layout, scales.get(weight.module))
-    main = model.main_dtype
+def _draft(goal: _Goal, weight: Weight) -> Draft:
+    if goal.target is not None and weight.name in goal.chosen:
+        return _draft_quantized(weight, goal.target, goal.layout, goal.scales.get(weight.module))
+    main = goal.model.main_dtype
     if isinstance(weight.value, Decoded):
-        dtype = main if target is not None else to.upper()
+        dtype = main if goal.target is not None else goal.to.upper()
         return Draft(weight.name, Action.DEQUANTIZE, ((_dense_part(weight, dtype), None),), dtype.lower(), weight)
     ref = weight.value.ref
     # Tensors of another float type than most were put so on purpose (a router's F32 bias): they stay.
-    if target is None and ref.spec.dtype == main and main != to.upper():
-        return Draft(weight.name, Action.CAST, ((_dense_part(weight, to.upper()), None),), to, weight)
+    if goal.target is None and ref.spec.dtype == main and main != goal.to.upper():
+        part = _dense_part(weight, goal.to.upper())
+        return Draft(weight.name, Action.CAST, ((part, None),), goal.to, weight)
     return Draft(weight.name, Action.COPY, ((Part(PACKED, ref.name, ref.spec), ref),), ref.spec.dtype.lower(), weight)
 
 
@@ -158,18 +168,19 @@ def _draft_quantized(
     return Draft(weight.name, action, placed, target.name, weight, group)
 
 
-def _same_groups(drafts: Sequence[Draft]) -> Sequence[Draft]:
+def _check_groups(drafts: Sequence[Draft]) -> None:
     """Refuse a set of which some members keep a stored tensor scale and others would get a new one."""
     new = {draft.group for draft in drafts if draft.group}
     for draft in drafts:
-        key = shared_set_of(draft.weight.module) if draft.weight and draft.group is None else None
-        if key in new and draft.action in (Action.COPY, Action.REBLOCK) and len(draft.parts) > 1:
+        if draft.weight is None or draft.target != NVFP4.name or draft.group is not None:
+            continue
+        key = shared_set_of(draft.weight.module)
+        if key in new:
             raise PlanError(
                 f"its stored tensor scale stays, but other members of {key} would be quantised anew with another",
                 where=draft.key,
                 hint="exclude the whole set, or start from the checkpoint this one was quantised from",
             )
-    return drafts
 
 
 # ---- places
@@ -200,25 +211,18 @@ def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, .
 # ---- configs
 
 
-def _config(
-    model: Model,
-    to: str,
-    target: BlockFormat | None,
-    layout: Layout,
-    chosen: frozenset[str],
-    input_scales: bool,
-    kv_scales: bool,
-) -> Mapping[str, JSON]:
-    base = {key: value for key, value in model.config.items() if key not in ("quantization_config", "compression_config")}
-    if target is None:
-        base = _with_dtype(base, _CONFIG_DTYPES[to])
-    matrices = [weight for weight in model.weights if weight.is_matrix]
-    dense = [weight.module for weight in matrices if weight.name not in chosen]
-    if model.family.name != "encoder" and "lm_head" not in dense and "lm_head" not in {w.module for w in matrices}:
+def _config(goal: _Goal) -> Mapping[str, JSON]:
+    dropped = ("quantization_config", "compression_config")
+    base = {key: value for key, value in goal.model.config.items() if key not in dropped}
+    if goal.target is None:
+        base = _with_dtype(base, _CONFIG_DTYPES[goal.to])
+    matrices = [weight for weight in goal.model.weights if weight.is_matrix]
+    dense = [weight.module for weight in matrices if weight.name not in goal.chosen]
+    if goal.model.family.name != "encoder" and "lm_head" not in {weight.module for weight in matrices}:
         dense.append("lm_head")  # tied to the embeddings: no tensor, but a module that servers ask about
-    quantized = tuple(weight.module for weight in matrices if weight.name in chosen)
+    quantized = tuple(weight.module for weight in matrices if weight.name in goal.chosen)
     ignore = tuple(sorted(dense, key=natural_key))
-    return layout.config(Written(base, quantized, ignore, input_scales, kv_scales, __version__))
+    return goal.layout.config(Written(base, quantized, ignore, bool(goal.scales), goal.kv_scales, __version__))
 
 
 def _with_dtype(config: dict[str, JSON], dtype: str) -> dict[str, JSON]:
@@ -252,31 +256,42 @@ def _json_bytes(value: JSON) -> bytes:
 # ---- servers and warnings
 
 
-def _artifact(model: Model, to: str, layout: Layout, chosen: frozenset[str], input_scales: bool) -> Artifact:
-    k_multiple = 0
-    for weight in model.weights:
-        if weight.name in chosen:
-            k_multiple = gcd(k_multiple, weight.k)
-    return Artifact(to, layout.name, model.family.name, input_scales, k_multiple)
+def _artifact(goal: _Goal) -> Artifact:
+    quantized = [weight for weight in goal.model.weights if weight.name in goal.chosen]
+    return Artifact(
+        format=goal.to,
+        layout=goal.layout.name,
+        family=goal.model.family.name,
+        input_scales=bool(goal.scales),
+        k_multiple=gcd(*(weight.k for weight in quantized)),
+        model_type=str(goal.model.config.get("model_type", "")),
+        quantised=frozenset(weight.module.rpartition(".")[2] for weight in quantized),
+    )
 
 
 def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
+    """`--for SERVER` is a promise: what is not known to load is refused like what is known not to."""
     for verdict in servers:
-        if verdict.server == wanted and not verdict.loads:
-            able = ", ".join(v.server for v in servers if v.loads) or "none that is known"
-            raise PlanError(
-                f"{wanted} ({verdict.version}) would not load this result: {verdict.note}",
-                hint=f"servers that load it: {able}. Another --to or --layout may suit {wanted}",
-            )
+        if verdict.server != wanted or verdict.loads:
+            continue
+        able = ", ".join(v.server for v in servers if v.loads) or "none that is known"
+        known = "is not known to load" if verdict.outcome == "unknown" else "would not load"
+        if verdict.outcome == "silent-damage":
+            known = "would load without an error, and compute something else from,"
+        raise PlanError(
+            f"{wanted} {verdict.version} {known} this result: {verdict.note}",
+            hint=f"servers that load it: {able}. Another --to or --layout may suit {wanted}",
+        )
 
 
-def _notes(model: Model, options: Options, drafts: Sequence[Draft]) -> list[str]:
+def _notes(goal: _Goal, drafts: Sequence[Draft]) -> list[str]:
     notes = []
-    kept = [d for d in drafts if d.action is Action.COPY and d.weight and options.to in DENSE_TARGETS]
-    other = [d for d in kept if d.target in DENSE_TARGETS and d.target != options.to]
-    if other:
-        notes.append(f"{len(other)} tensors of another type than most stay as they are ({other[0].key}: {other[0].target})")
-    opaque = [w for w in model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
-    if opaque and options.to in BLOCK_FORMATS:
+    kept = [draft for draft in drafts if draft.weight and draft.target in DENSE_TARGETS and draft.target != goal.to]
+    if goal.target is None and kept:
+        notes.append(
+            f"{len(kept)} tensors of another type than most stay as they are ({kept[0].key}: {kept[0].target})"
+        )
+    opaque = [w for w in goal.model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
+    if opaque and goal.target is not None:
         notes.append(f"{len(opaque)} tensors of more than two axes are copied, not quantised ({opaque[0].name})")
     return notes

@@ -90,14 +90,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one server does with one artifact. `silent`: it loads without an error and computes something else."""
+    """What one server does with one artifact. 'silent-damage': it loads, without an error, something else."""
 
     server: str
     version: str
-    loads: bool
-    silent: bool
+    outcome: Outcome
     note: str
     source: str
+
+    @property
+    def loads(self) -> bool:
+        return self.outcome == "loads"
 
 
 def _one_of(value: str, allowed: Iterable[str]) -> bool:
@@ -279,10 +282,8 @@ def verdicts(artifact: Artifact) -> tuple[Verdict, ...]:
 def _verdict(server: str, artifact: Artifact) -> Verdict:
     for rule in RULES:
         if rule.server == server and rule.matches(artifact):
-            note = f"unknown: {rule.note}" if rule.verdict == "unknown" else rule.note
-            silent = rule.verdict == "silent-damage"
-            return Verdict(server, rule.version, rule.verdict == "loads", silent, note, rule.source)
-    return Verdict(server, VERSIONS[server], False, False, "unknown: not read, no statement", "")
+            return Verdict(server, rule.version, rule.verdict, rule.note, rule.source)
+    return Verdict(server, VERSIONS[server], "unknown", "not read, no statement", "")
 
 
 def rules_as_markdown() -> str:

@@ -32,7 +32,7 @@ def artifact(spec: str, *, family: str = "dense", k: int = 128, model_type: str 
 
 def outcomes(made: Artifact) -> dict[str, str]:
     """Server -> one letter: L loads, D silent damage, - refuses or unknown."""
-    return {v.server: "L" if v.loads else "D" if v.silent else "-" for v in verdicts(made)}
+    return {v.server: "L" if v.loads else "D" if v.outcome == "silent-damage" else "-" for v in verdicts(made)}
 
 
 def first_match(server: str, made: Artifact) -> Rule | None:
@@ -46,7 +46,7 @@ def test_every_artifact_gets_one_verdict_a_server() -> None:
             assert tuple(v.server for v in found) == SERVERS
             for verdict in found:
                 assert verdict.version == VERSIONS[verdict.server]
-                assert not (verdict.loads and verdict.silent)
+                assert verdict.outcome in ("loads", "refuses", "silent-damage", "unknown")
                 assert verdict.loads or verdict.note
 
 
@@ -54,7 +54,7 @@ def test_what_nobody_read_is_no_yes() -> None:
     found = verdicts(Artifact("nvfp4", "modelopt", "unknown", True, 128))
     assert not any(v.loads for v in found)
     vllm = found[0]
-    assert vllm.note == "unknown: not read, no statement"
+    assert (vllm.outcome, vllm.note) == ("unknown", "not read, no statement")
     assert vllm.source == ""
 
 

@@ -12,7 +12,15 @@ class Mxfp4:
 
     def encode(self, rows: Rows, coding: Coding, out: Codes, tally: Tally) -> int:
         return compiled.encode_mxfp4(
-            rows.array, rows.kn, coding.rule, coding.ties, out.packed, out.block_scale, tally.signal, tally.noise, out.kn
+            rows.array,
+            rows.kn,
+            coding.rule,
+            coding.ties,
+            out.packed,
+            out.block_scale,
+            tally.signal,
+            tally.noise,
+            out.kn,
         )
 
     def decode(self, codes: Codes, tensor_scale: float, out: Rows) -> int:

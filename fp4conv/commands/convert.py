@@ -18,8 +18,8 @@ from fp4conv.input_scales import InputScaleMode, InputScales
 from fp4conv.layouts import parse
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
-from fp4conv.selection import Selection
 from fp4conv.report.converted import ConvertResult
+from fp4conv.selection import Selection
 from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
 from fp4conv.sources import open_source

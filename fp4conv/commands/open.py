@@ -83,7 +83,9 @@ class Checkpoint:
             target = out if linear else out[index]
             bad = codec_named(value.format_name).decode(codes, float(scale.reshape(())), Rows(target, weight.kn))
             if bad >= 0:
-                raise ValuesError(f"the value {bad} of matrix {index} is not finite: NaN or too large a scale", where=weight.name)
+                raise ValuesError(
+                    f"the value {bad} of matrix {index} is not finite: NaN or too large a scale", where=weight.name
+                )
         return out
 
     def _codes(self, value: Decoded, weight: Weight, first: int, count: int, codes: type[Codes]) -> Codes:

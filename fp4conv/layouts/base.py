@@ -40,8 +40,12 @@ class Written:
 class Layout(Protocol):
     """One on-disk convention: how to tell it, read it, and write it."""
 
-    name: str
-    formats: tuple[str, ...]  # the block formats it can hold
+    @property
+    def name(self) -> str: ...
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The block formats that it can hold."""
+        ...
 
     def recognises(self, source: Source) -> bool: ...
     def parse(self, source: Source, family: Family) -> Parsed: ...

@@ -47,7 +47,7 @@ class CompressedTensors:
             if ref.spec.dtype != "U8" or (scale is not None and scale.spec.dtype != LINEAR.scale_dtype):
                 found = f"codes {ref.spec.dtype}, scales {scale.spec.dtype if scale else 'missing'}"
                 raise SourceError(
-                    f"{found} (the config says {said}); of compressed-tensors fp4conv reads {FORMAT}: codes U8, scales U8",
+                    f"{found} (the config says {said}); fp4conv reads {FORMAT}: codes U8, scales U8",
                     where=f"{name} ({ref.file})",
                     hint="convert from the BF16 checkpoint instead",
                 )

@@ -43,8 +43,8 @@ class HfDense:
         warnings = []
         if claim is not None:
             warnings.append(
-                f"the config says the weights are quantised ({claim.algo or claim.format or claim.method}), but no tensor "
-                "has scales: they are read as the dense values that they are"
+                f"the config says the weights are quantised ({claim.algo or claim.format or claim.method}), but no "
+                "tensor has scales: they are read as the dense values that they are"
             )
         return Parsed(weights, {}, tuple(warnings))
 

@@ -45,15 +45,19 @@ class ModelOpt:
             if name not in found.used and name not in calibration
         ]
         blocks = {w.module: w.value.block for w in found.weights if isinstance(w.value, Decoded)}
-        warnings = contradictions(claim, blocks) if claim else ["no config says how the weights are quantised: read from shapes"]
+        warnings = (
+            contradictions(claim, blocks)
+            if claim
+            else ["no config says how the weights are quantised: read from shapes"]
+        )
         return Parsed((*found.weights, *dense), calibration, tuple(warnings))
 
     def _refuse_other_formats(self, source: Source, algo: str | None) -> None:
         for name, ref in source.tensors.items():
             if name.endswith((LINEAR.block_scale, EXPERTS.block_scale)) and ref.spec.dtype != LINEAR.scale_dtype:
                 raise SourceError(
-                    f"block scales of dtype {ref.spec.dtype} (the config says {algo}); of ModelOpt's exports fp4conv reads "
-                    f"NVFP4, whose block scales are {LINEAR.scale_dtype}",
+                    f"block scales of dtype {ref.spec.dtype} (the config says {algo}); of ModelOpt's exports "
+                    f"fp4conv reads NVFP4, whose block scales are {LINEAR.scale_dtype}",
                     where=f"{name} ({ref.file})",
                     hint="convert from the checkpoint that this one was exported from",
                 )

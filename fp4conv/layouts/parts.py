@@ -55,11 +55,11 @@ class Part:
 
 
 def spell(names: PartNames, weight: Weight, input_scale: bool) -> tuple[Part, ...]:
-    """The tensors that hold `weight` in this layout. Raises PlanError when K is no multiple of the block."""
+    """The tensors that hold `weight` in this layout; PlanError when K is no multiple of the block."""
     block = names.format.block
     if weight.k % block:
         raise PlanError(
-            f"K = {weight.k} is not a multiple of the {names.format.name} block of {block} (shape {list(weight.shape)})",
+            f"K = {weight.k} (of {list(weight.shape)}) is not a multiple of the {names.format.name} block of {block}",
             where=weight.name,
             hint=f"leave it as it is with: --exclude '{weight.module}'",
         )

@@ -1,8 +1,8 @@
 """What a checkpoint's configs claim about its quantisation, in one value whatever file said it.
 
-ModelOpt writes `hf_quant_config.json` (0.37 only that) and, since 0.39 or so, the same again in
-config.json's `quantization_config`; both are read, config.json first. The tensors decide what a checkpoint is; a claim is
-only compared with them.
+ModelOpt writes `hf_quant_config.json` (0.37 only that) and later releases the same again in config.json's
+`quantization_config`; both are read, config.json first. The tensors decide what a checkpoint is; a claim is only
+compared with them.
 """
 
 from __future__ import annotations

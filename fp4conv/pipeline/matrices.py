@@ -74,5 +74,10 @@ def position(unit: Unit, flat: int) -> list[int]:
     weight = unit.step.weight
     assert weight is not None
     n, k = unit.n0 + flat // weight.k, flat % weight.k
-    batch = list(np.unravel_index(unit.index, weight.shape[:-2])) if len(weight.shape) > 2 else []
-    return [int(i) for i in (*batch, k, n)] if weight.kn else [int(i) for i in (*batch, n, k)]
+    matrix = [k, n] if weight.kn else [n, k]
+    return [*at(unit.index, weight.shape[:-2]), *matrix] if len(weight.shape) > 2 else matrix
+
+
+def at(flat: int, shape: tuple[int, ...]) -> list[int]:
+    """The index in `shape` of its element number `flat`."""
+    return [int(i) for i in np.unravel_index(flat, shape)]

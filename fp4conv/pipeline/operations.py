@@ -15,7 +15,7 @@ from fp4conv.errors import ValuesError
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import FLOAT_DTYPES, Decoded, Stored, Weight
-from fp4conv.pipeline.matrices import Array, Scratch, position, read_rows, rows_shape, write_rows
+from fp4conv.pipeline.matrices import Array, Scratch, at, position, read_rows, rows_shape, write_rows
 from fp4conv.plan import Action, Output, Plan, Span, Step, Unit
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
 
@@ -41,12 +41,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Bench:
-    """All that an operation needs beside its unit."""
+    """All that an operation needs beside its unit. `scales`: by set, filled in as scans end."""
 
     plan: Plan
     reader: Reader
     writers: Mapping[str, Writer]
-    scales: Mapping[str, TensorScale] = field(default_factory=dict)
+    scales: dict[str, TensorScale] = field(default_factory=dict)
 
 
 def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch) -> tuple[int, int]:
@@ -71,7 +71,8 @@ def _copy(bench: Bench, span: Span, scratch: Scratch) -> int:
 
 def _cast(bench: Bench, span: Span, scratch: Scratch) -> int:
     output, weight = span.step.outputs[span.output], span.step.weight
-    assert weight is not None and isinstance(weight.value, Stored)
+    assert weight is not None
+    assert isinstance(weight.value, Stored)
     ref = weight.value.ref
     values = _read_span(bench, ref, span, scratch)
     between = scratch.array("f32", values.shape, "F32")
@@ -79,8 +80,7 @@ def _cast(bench: Bench, span: Span, scratch: Scratch) -> int:
     out = scratch.array("cast", values.shape, output.part.spec.dtype)
     bad = narrow(between, output.part.spec.dtype, out)  # type: ignore[arg-type]
     if bad >= 0:
-        where = [int(i) for i in np.unravel_index(span.start + bad, weight.shape)]
-        _refuse_overflow(weight, where, float(between[bad]), output.part.spec.dtype)
+        _refuse_overflow(weight, at(span.start + bad, weight.shape), float(between[bad]), output.part.spec.dtype)
     bench.writers[output.file].write(output.offset + span.start * out.itemsize, out)
     return count_nonfinite(values, ref.spec.dtype)
 
@@ -101,7 +101,8 @@ def _quantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) ->
 def _dense_rows(bench: Bench, unit: Unit, scratch: Scratch) -> Rows:
     """The unit's rows of a dense weight as the kernels take them: BF16 and F32 as they are, F16 widened."""
     weight = unit.step.weight
-    assert weight is not None and isinstance(weight.value, Stored)
+    assert weight is not None
+    assert isinstance(weight.value, Stored)
     ref = weight.value.ref
     values = read_rows(bench.reader, ref, weight.kn, unit, scratch)
     if ref.spec.dtype == "F16":
@@ -167,7 +168,14 @@ def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -
     source, tally = _codes_in(bench, unit, scratch), _tally(progress, unit)
     outputs, codes = _codes_out(step, unit, scratch)
     lossy = compiled.transcode_mxfp4_nvfp4(
-        source.packed, source.block_scale, exponent, codes.packed, codes.block_scale, tally.signal, tally.noise, codes.kn
+        source.packed,
+        source.block_scale,
+        exponent,
+        codes.packed,
+        codes.block_scale,
+        tally.signal,
+        tally.noise,
+        codes.kn,
     )
     if lossy < 0:
         refuse_nonfinite(weight, position(unit, -1 - lossy))
@@ -225,7 +233,8 @@ def _write_codes(bench: Bench, outputs: Mapping[str, Output], codes: Codes, unit
 
 
 def _tally(progress: Progress, unit: Unit) -> Tally:
-    assert progress.signal is not None and progress.noise is not None
+    assert progress.signal is not None
+    assert progress.noise is not None
     n = _weight(unit.step).n
     rows = slice(unit.index * n + unit.n0, unit.index * n + unit.n1)
     return Tally(progress.signal[rows], progress.noise[rows])

@@ -70,7 +70,8 @@ def run(
         finished = _trusted(plan, out.finished, writers)
         for name, shard in plan.shards.items():
             writers[name].write(0, shard.header)
-        runner = _Runner(plan, out, Bench(plan, reader, writers, {}), finished, budget, progress or (lambda _: None))
+        runner = _Runner(Bench(plan, reader, writers, {}), out, budget, progress or (lambda _: None))
+        runner.take_over(finished)
         runner.run(workers)
         return Outcome(runner.results, len([key for key in finished if not key.startswith(_SCALE_KEY)]))
 
@@ -84,36 +85,31 @@ def _trusted(
 
 
 class _Runner:
-    def __init__(
-        self,
-        plan: Plan,
-        out: Staging,
-        bench: Bench,
-        finished: Mapping[str, Mapping[str, JSON]],
-        budget: int,
-        progress: Callable[[int], None],
-    ) -> None:
+    def __init__(self, bench: Bench, out: Staging, budget: int, progress: Callable[[int], None]) -> None:
+        self._bench = bench
         self._out = out
         self._budget = budget
         self._advance = progress
-        self._scales: dict[str, TensorScale] = {}
-        self._bench = Bench(plan, bench.reader, bench.writers, self._scales)
         self._scans: dict[str, Scan] = {}
         self._states: dict[str, Progress] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._errors: list[BaseException] = []
+        self._todo: Sequence[Step] = bench.plan.steps
+        self._tasks = self._make_tasks()
         self.results: dict[str, StepResult] = {}
+
+    def take_over(self, finished: Mapping[str, Mapping[str, JSON]]) -> None:
+        """Leave out what an earlier run has done, and count it as progress."""
+        plan, scales = self._bench.plan, self._bench.scales
         self._todo = [step for step in plan.steps if step.key not in finished]
         for key, payload in finished.items():
             if key.startswith(_SCALE_KEY):
-                self._scales[key.removeprefix(_SCALE_KEY)] = _scale_from(payload)
+                scales[key.removeprefix(_SCALE_KEY)] = _scale_from(payload)
             else:
                 self.results[key] = _result_from(payload)
-        done_bytes = plan.bytes_read - sum(step.bytes_read for step in self._todo)
-        done_bytes -= sum(s.weight.nbytes for s in self._todo if s.weight and s.group and s.group not in self._scales)
-        self._advance(done_bytes)
-        self._tasks = self._make_tasks()
+        to_scan = sum(s.weight.nbytes for s in self._todo if s.weight and s.group and s.group not in scales)
+        self._advance(plan.bytes_read - sum(step.bytes_read for step in self._todo) - to_scan)
 
     # ---- the order of work
 
@@ -121,7 +117,7 @@ class _Runner:
         waiting: Sequence[Step] = ()
         for steps in self._clusters():
             group = steps[0].group
-            if group and group not in self._scales:
+            if group and group not in self._bench.scales:
                 scan = self._scans[group] = Scan(group, steps, self._budget)
                 yield from (_Task(piece, scan) for piece in scan.pieces())
             yield from self._step_tasks(waiting)
@@ -160,7 +156,7 @@ class _Runner:
                 if time.monotonic() - last >= CHECKPOINT_SECONDS:
                     self._checkpoint()
                     last = time.monotonic()
-        except BaseException as error:  # Ctrl-C: let the workers end their piece, keep what is done
+        except BaseException as error:  # noqa: BLE001 - raised again below, after what is done was kept
             self._errors.insert(0, error)
         finally:
             self._stop.set()
@@ -184,7 +180,7 @@ class _Runner:
                 if task is None:
                     return
                 self._do(task, scratch)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread, which raises it
             with self._lock:
                 self._errors.append(error)
             self._stop.set()
@@ -196,11 +192,11 @@ class _Runner:
         if task.scan is not None:
             scale = task.scan.look(self._bench, task.piece, scratch)
             if scale is not None:
-                self._scales[task.scan.group] = scale
+                self._bench.scales[task.scan.group] = scale
                 self._out.record(_SCALE_KEY + task.scan.group, _scale_payload(scale))
                 task.scan.ready.set()
         else:
-            if step.group and step.group not in self._scales:
+            if step.group and step.group not in self._bench.scales:
                 self._scans[step.group].ready.wait()
                 if self._stop.is_set():
                     return
@@ -229,7 +225,7 @@ class _Runner:
             content = output.origin if isinstance(output.origin, bytes) else None
             if output.part.kind == TENSOR_SCALE and output.origin is None:
                 assert step.group is not None
-                content = np.float32(self._scales[step.group].value).astype("<f4").tobytes()
+                content = np.float32(self._bench.scales[step.group].value).astype("<f4").tobytes()
             if content is not None:
                 self._bench.writers[output.file].write(output.offset, content)
 
@@ -273,7 +269,6 @@ def _result_payload(result: StepResult) -> dict[str, JSON]:
 
 def _result_from(payload: Mapping[str, JSON]) -> StepResult:
     lossy, nonfinite = payload["lossy_blocks"], payload["nonfinite"]
-    assert isinstance(lossy, int) and isinstance(nonfinite, int)
-    return StepResult(
-        float.fromhex(str(payload["signal"])), float.fromhex(str(payload["noise"])), lossy, nonfinite
-    )
+    assert isinstance(lossy, int)
+    assert isinstance(nonfinite, int)
+    return StepResult(float.fromhex(str(payload["signal"])), float.fromhex(str(payload["noise"])), lossy, nonfinite)

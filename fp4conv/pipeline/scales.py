@@ -9,15 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from fp4conv.codecs.base import Rows
 from fp4conv.codecs.dense import widen
 from fp4conv.codecs.nvfp4 import tensor_scale
 from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
 from fp4conv.model import Decoded, Stored, Weight
-from fp4conv.pipeline.matrices import Scratch, position, read_rows
+from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
 from fp4conv.pipeline.operations import Bench, TensorScale, decode, refuse_nonfinite
 from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
 from fp4conv.safetensors_io import DTYPE_BYTES
@@ -105,5 +103,5 @@ def _dense_amax(bench: Bench, span: Span, scratch: Scratch) -> float:
         values = wide
     amax, bad = compiled.amax(values)  # type: ignore[arg-type]
     if bad >= 0:
-        refuse_nonfinite(weight, [int(i) for i in np.unravel_index(span.start + bad, weight.shape)])
+        refuse_nonfinite(weight, at(span.start + bad, weight.shape))
     return float(amax)

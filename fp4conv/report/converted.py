@@ -59,7 +59,7 @@ def _verdict_json(verdict: Verdict) -> dict[str, JSON]:
         "server": verdict.server,
         "version": verdict.version,
         "loads": verdict.loads,
-        "silent": verdict.silent,
+        "outcome": verdict.outcome,
         "note": verdict.note,
         "source": verdict.source,
     }

@@ -52,10 +52,14 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
         actions.add_row("", f"{count:,}", wording, format_size(written[action, target]))
     facts = grid("<", "<")
     model = plan.model
-    facts.add_row("source", f"{model.source.name}  ({model.format_name}, {model.layout} layout, family {model.family.name})")
-    facts.add_row("target", f"{plan.target}, {plan.layout} layout" + (f", scale rule {plan.rule.value}" if plan.rule else ""))
-    facts.add_row("reads", format_size(plan.bytes_read) + (f", {format_size(plan.scan_bytes)} of it twice" if plan.scan_bytes else ""))
-    facts.add_row("writes", f"{format_size(plan.total_bytes)} in {len(plan.shards)} shard{'s' * (len(plan.shards) > 1)} and {len(plan.files)} files")
+    kind = f"{model.format_name}, {model.layout} layout, family {model.family.name}"
+    rule = f", scale rule {plan.rule.value}" if plan.rule else ""
+    twice = f", {format_size(plan.scan_bytes)} of it twice" if plan.scan_bytes else ""
+    shards = f"{len(plan.shards):,} shard{'s' if len(plan.shards) > 1 else ''}"
+    facts.add_row("source", f"{model.source.name}  ({kind})")
+    facts.add_row("target", f"{plan.target}, {plan.layout} layout{rule}")
+    facts.add_row("reads", format_size(plan.bytes_read) + twice)
+    facts.add_row("writes", f"{format_size(plan.total_bytes)} in {shards} and {len(plan.files)} small files")
     facts.add_row("disk", f"needs {format_size(plan.total_bytes)}, {format_size(free_bytes)} free")
     facts.add_row("memory", f"at most {format_size(peak_bytes)}")
     return Group(facts, Text(), Text("tensors"), actions, Text(), *servers_view(plan.servers))
@@ -67,15 +71,17 @@ def servers_view(servers: Sequence[Verdict]) -> list[RenderableType]:
         return []
     table = grid("<", "<", "<")
     for verdict in servers:
-        word, style = _verdict_word(verdict)
+        word, style = _OUTCOMES[verdict.outcome]
         table.add_row(verdict.server, Text(word, style=style), Text(verdict.note, style="dim"))
     return [Text("servers (as their sources say; --for SERVER makes a refusal an error)"), table]
 
 
-def _verdict_word(verdict: Verdict) -> tuple[str, str]:
-    if verdict.loads:
-        return "loads", "green"
-    return ("wrong, in silence", "bold red") if verdict.silent else ("no", "yellow")
+_OUTCOMES = {
+    "loads": ("loads", "green"),
+    "refuses": ("refuses", "yellow"),
+    "silent-damage": ("wrong, in silence", "bold red"),
+    "unknown": ("unknown", "dim"),
+}
 
 
 def warnings_view(warnings: Iterable[str]) -> list[RenderableType]:
