@@ -15,8 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from fp4conv.errors import SourceError
+from fp4conv.families import natural_key
 from fp4conv.model import Source
-from fp4conv.sources import LocalSource, natural_key, open_adapter, open_source
+from fp4conv.sources import LocalSource, open_adapter, open_source
 
 INDEX = "model.safetensors.index.json"
 

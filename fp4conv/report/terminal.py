@@ -28,9 +28,9 @@ _VERBS = {
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that wraps at the terminal's width, and at 100 columns where there is no terminal."""
+    """A console that wraps at the terminal's width, and at 120 columns where there is no terminal."""
     plain = Console(stderr=stderr, highlight=False)
-    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=100)
+    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=120)
 
 
 def grid(*alignments: str) -> Table:

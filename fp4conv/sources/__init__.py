@@ -6,7 +6,7 @@ the tensors mean (`layouts/`), opens no pickle, follows no path out of the folde
 
 from __future__ import annotations
 
-from fp4conv.sources.listing import FileEntry, natural_key
+from fp4conv.sources.listing import FileEntry
 from fp4conv.sources.local import SMALL_FILE_BYTES, LocalSource, open_adapter, open_source
 
-__all__ = ["SMALL_FILE_BYTES", "FileEntry", "LocalSource", "natural_key", "open_adapter", "open_source"]
+__all__ = ["SMALL_FILE_BYTES", "FileEntry", "LocalSource", "open_adapter", "open_source"]

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4conv.errors import SourceError
+from fp4conv.families import natural_key
 from fp4conv.model import JSON
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+_MODULE_FOLDER = re.compile(r"\d+_\w+")  # sentence-transformers numbers the modules of its pipeline
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A regular file at the top of the folder. `weights`: tensors are read from it."""
+    """A regular file of the folder. `weights`: tensors are read from it."""
 
     name: str
     nbytes: int
@@ -25,13 +27,11 @@ class FileEntry:
     weights: bool = False
 
 
-def natural_key(name: str) -> tuple[tuple[int, str], ...]:
-    """Sorts `shard-2` before `shard-10`."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))
-
-
 def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
-    """The regular files at the top, in natural order, and a warning for each link that leads elsewhere."""
+    """The regular files at the top and in sentence-transformers' module folders ('1_Pooling/config.json').
+
+    In natural order, with a warning for each link that leads elsewhere.
+    """
     entries: list[FileEntry] = []
     warnings: list[str] = []
     try:
@@ -47,10 +47,17 @@ def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
             if not path.is_dir():
                 warnings.append(f"{path.name}: left out, it is a link that leads out of the folder")
             continue
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode):
-            entries.append(FileEntry(path.name, status.st_size, status.st_mtime_ns))
+        if _MODULE_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            inside = [file for file in sorted(path.iterdir()) if file.is_file() and not file.is_symlink()]
+            entries += [_entry(file, f"{path.name}/{file.name}") for file in inside]
+        elif stat.S_ISREG(path.stat().st_mode):
+            entries.append(_entry(path, path.name))
     return tuple(entries), tuple(warnings)
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    status = path.stat()
+    return FileEntry(name, status.st_size, status.st_mtime_ns)
 
 
 def _bad_link(path: Path) -> SourceError:

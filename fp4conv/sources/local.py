@@ -29,7 +29,8 @@ class LocalSource:
         self.root = root
         self.name = str(root) if name is None else name
         listed, notes = list_files(root)
-        chosen = choose_weights(root, listed) if weight_files is None else WeightFiles(tuple(weight_files))
+        top = [entry for entry in listed if "/" not in entry.name]
+        chosen = choose_weights(root, top) if weight_files is None else WeightFiles(tuple(weight_files))
         self.files = tuple(
             FileEntry(entry.name, entry.nbytes, entry.mtime_ns, entry.name in chosen.files) for entry in listed
         )

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4conv.errors import SourceError
+from fp4conv.families import natural_key
 from fp4conv.model import JSON
 from fp4conv.safetensors_io import TensorRef
-from fp4conv.sources.listing import INDEX_SUFFIX, SUFFIX, FileEntry, natural_key, parse_object
+from fp4conv.sources.listing import INDEX_SUFFIX, SUFFIX, FileEntry, parse_object
 
 ADAPTER = "adapter_model.safetensors"
 _MODEL = "model.safetensors"
