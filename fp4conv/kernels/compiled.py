@@ -11,6 +11,8 @@ a block are added in halves (first half onto second, until one is left), the blo
 A call works on one thread and releases the GIL; run several for several cores.
 """
 
+# ruff: noqa: PLR0917 -- the arrays of a call come in one fixed order everywhere
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,7 +25,6 @@ from fp4conv.kernels import decode as _decode
 from fp4conv.kernels import encode as _encode
 from fp4conv.kernels import scan as _scan
 from fp4conv.kernels import transcode as _transcode
-from fp4conv.kernels.compute import RULES, SMALL_TENSOR_SCALE, TO_EVEN_CODES
 from fp4conv.kernels.contract import (
     F32,
     F64,
@@ -36,6 +37,7 @@ from fp4conv.kernels.contract import (
     check_transcode,
 )
 from fp4conv.kernels.jit import cache_note, is_cold
+from fp4conv.kernels.quantise import RULES, SMALL_TENSOR_SCALE, TIES
 from fp4conv.kernels.window import choose_window, new_window_counts
 
 __all__ = [
@@ -77,7 +79,7 @@ def encode_mxfp4(
     n, k = check_encode(MXFP4, x, x_kn, rule, packed, scales, signal, noise, out_kn)
     bits, shift = _float_bits(x)
     done = _encode.encode_mx(
-        bits, shift, n, k, x_kn, RULES[rule], TO_EVEN_CODES[ties],
+        bits, shift, n, k, x_kn, RULES[rule], TIES[ties],
         packed.reshape(-1), scales.reshape(-1), signal, noise, out_kn,
     )  # fmt: skip
     return -1 if done else int(_scan.first_nonfinite(bits, shift, n, k, x_kn))
@@ -110,7 +112,7 @@ def encode_nvfp4(
     bits, shift = _float_bits(x)
     from_top = bool(ties is Ties.DOWN or ts < SMALL_TENSOR_SCALE)
     done = _encode.encode_nv(
-        bits, shift, n, k, x_kn, ts, RULES[rule], from_top, TO_EVEN_CODES[ties],
+        bits, shift, n, k, x_kn, ts, RULES[rule], from_top, TIES[ties],
         packed.reshape(-1), scales.reshape(-1), signal, noise, out_kn,
     )  # fmt: skip
     return -1 if done else int(_scan.first_nonfinite(bits, shift, n, k, x_kn))
@@ -141,7 +143,7 @@ def decode_nvfp4(
 
 
 def amax(x: Source) -> tuple[float, int]:
-    """The largest finite |x| (0.0 of none) of an array of any shape, and the flat index of the first NaN or Inf or -1."""
+    """The largest finite |x| of an array of any shape (0.0 of none), and the index of its first NaN or Inf or -1."""
     bits, shift = _float_bits(x)
     largest = int(_scan.largest_bits(bits, shift))
     first = -1
@@ -161,13 +163,14 @@ def cast_f32_to_bf16(x: F32, out: npt.NDArray[np.uint16]) -> int:
 
     Returns -1, or the flat index of the first finite value that became Inf.
     """
-    assert x.dtype == np.float32 and out.dtype == np.uint16 and x.shape == out.shape and out.flags.c_contiguous
-    return int(_scan.to_bf16(_float_bits(x)[0], out.reshape(-1)))
+    _check_cast(x, np.float32, out, np.uint16)
+    bits = _float_bits(x)[0]
+    return -1 if _scan.to_bf16(bits, out.reshape(-1)) else int(_scan.first_overflow(bits))
 
 
 def cast_bf16_to_f32(x: npt.NDArray[np.uint16], out: F32) -> int:
     """Widen BF16 bits to float32, exactly; any shape. Returns -1."""
-    assert x.dtype == np.uint16 and out.dtype == np.float32 and x.shape == out.shape and out.flags.c_contiguous
+    _check_cast(x, np.uint16, out, np.float32)
     _scan.to_f32(_float_bits(x)[0], out.reshape(-1).view(np.int32))
     return -1
 
@@ -181,7 +184,8 @@ def window_counts(packed: U8, scales: U8, starts: npt.NDArray[np.int64], ends: n
 
     Returns -1, or the position of the first value under scale byte 255 (the counts are then unspecified).
     """
-    assert packed.dtype == np.uint8 and scales.dtype == np.uint8 and packed.size == 16 * scales.size
+    assert packed.dtype == scales.dtype == np.uint8, "packed codes and scales are bytes"
+    assert packed.size == 16 * scales.size, f"{scales.size} scales for {packed.size} bytes of codes"
     block = int(_transcode.count_windows(_flat(packed), _flat(scales), starts, ends))
     return -1 if block < 0 else block * MXFP4.block
 
@@ -229,6 +233,13 @@ def _float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
     return _flat(x).view(np.int32), 0
 
 
+def _check_cast(x: npt.NDArray[Any], x_dtype: type, out: npt.NDArray[Any], out_dtype: type) -> None:
+    assert x.dtype == x_dtype, f"x has dtype {x.dtype}"
+    assert out.dtype == out_dtype, f"out has dtype {out.dtype}"
+    assert x.shape == out.shape, f"x has shape {x.shape}, out {out.shape}"
+    assert out.flags.c_contiguous, "out is not C-contiguous"
+
+
 def _run_decode(
     packed: U8,
     scales: U8,
@@ -240,9 +251,13 @@ def _run_decode(
     out_kn: bool,
 ) -> int:
     n, k, length = shape
-    flat = out.reshape(-1)
-    bits, shift = (flat, 16) if out.dtype == np.uint16 else (flat.view(np.int32), 0)
-    finite = _decode.decode(
-        _flat(packed), _flat(scales), n, k, length, packed_kn, mx, tensor_scale, bits, shift, out_kn
-    )
+    shift = 16 if out.dtype == np.uint16 else 0
+    bits: npt.NDArray[Any] = out.reshape(-1).view(np.uint16 if shift else np.int32)
+    codes, block_scales = _flat(packed), _flat(scales)
+    if packed_kn or out_kn:
+        finite = _decode.decode_turning(
+            codes, block_scales, n, k, length, packed_kn, mx, tensor_scale, bits, shift, out_kn
+        )
+    else:
+        finite = _decode.decode_rows(codes, block_scales, length, mx, tensor_scale, bits, shift)
     return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, out_kn))

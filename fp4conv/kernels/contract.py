@@ -4,6 +4,8 @@ Shared by the oracle and the compiled kernels, so that both refuse the same call
 bug of the caller, hence `assert`: the layers above have checked the user's data long before.
 """
 
+# ruff: noqa: PLR0917 -- the arrays of a call come in one fixed order everywhere
+
 from __future__ import annotations
 
 from typing import TypeAlias
@@ -39,7 +41,9 @@ def _check(name: str, array: npt.NDArray[np.generic], shape: tuple[int, int], kn
 
 def _check_sums(rows: int, signal: F64, noise: F64) -> None:
     for name, sums in (("signal", signal), ("noise", noise)):
-        assert sums.dtype == np.float64 and sums.shape == (rows,) and sums.flags.c_contiguous, name
+        assert sums.dtype == np.float64, f"{name} has dtype {sums.dtype}"
+        assert sums.shape == (rows,), f"{name} has shape {sums.shape}, expected {(rows,)}"
+        assert sums.flags.c_contiguous, f"{name} is not C-contiguous"
 
 
 def check_encode(
@@ -71,7 +75,8 @@ def check_decode(
     n, half_k = logical(packed.shape, packed_kn)
     k, blocks = half_k * 2, logical(scales.shape, packed_kn)[1]
     block = k // blocks if blocks else block_lengths[0]
-    assert block in block_lengths and block * blocks == k, f"{blocks} scales for K = {k}"
+    assert block in block_lengths, f"{blocks} scales for K = {k}"
+    assert block * blocks == k, f"{blocks} scales for K = {k}"
     _check("packed", packed, (n, half_k), packed_kn, np.uint8)
     _check("scales", scales, (n, blocks), packed_kn, np.uint8)
     _check("out", out, (n, k), out_kn, np.uint16, np.float32)

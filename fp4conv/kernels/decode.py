@@ -1,63 +1,152 @@
-"""The compiled decoders: packed codes and F32 scales in, BF16 bits or float32 out."""
+"""The compiled decoders: packed codes and scales in, BF16 bits or float32 bits out.
+
+Row-major to row-major runs along memory; when one side is K-major, tiles of lanes turn it (see `lanes`).
+Whether every value is finite is told by the scales alone, and so with false alarms: the caller looks closer.
+"""
+
+# ruff: noqa: PLR0917 -- compiled functions take their arguments by position
 
 from __future__ import annotations
 
 import numpy as np
 
-from fp4conv.formats import E8M0_BIAS
-from fp4conv.kernels.compute import pow2
-from fp4conv.kernels.jit import device, kernel
-from fp4conv.kernels.reference import E2M1_VALUES, E4M3_VALUES
-from fp4conv.kernels.tiles import TILE_VALUES, load_bytes, store_tile, tile_shape
+from fp4conv.formats import E2M1, E8M0_BIAS
+from fp4conv.kernels.contract import F32, U8
+from fp4conv.kernels.jit import device, helper, kernel
+from fp4conv.kernels.lanes import (
+    I32,
+    LANES,
+    FloatBits,
+    lane_stride,
+    load_bytes,
+    origin,
+    store,
+    tile_count,
+    tile_of,
+)
+from fp4conv.kernels.quantise import pow2
+from fp4conv.kernels.reference import E4M3_VALUES
 
+CHUNK = 1024  # packed bytes that the row-major path handles at a time
 _E4M3 = E4M3_VALUES.copy()
-_E2M1 = E2M1_VALUES.copy()
-_F32_EXPONENT = np.int32(0x7F800000)
+_QUARTER, _HALF, _ONE, _TWO, _EIGHT = (np.float32(v) for v in (0.25, 0.5, 1, 2, 8))
+_LARGEST_CODE = E2M1.max_value
+_LARGEST_BF16 = float.fromhex("0x1.fep127")
 
 
 @device
-def round_to_bf16(bits):  # type: ignore[no-untyped-def]
-    """float32 bits of a number to BF16 bits, roundTiesToEven; not for NaN."""
-    return np.int32((bits + np.int32(0x7FFF) + ((bits >> 16) & np.int32(1))) >> 16)
-
-
-@device
-def block_factor(byte, mx, tensor_scale):  # type: ignore[no-untyped-def]
-    """What a code of a block is multiplied by, float32."""
+def block_factor(byte: int, mx: bool, tensor_scale: np.float32) -> np.float32:
+    """What the codes of a block are multiplied by: 2^(byte - 127), or F32(block scale x tensor scale)."""
     if mx:
-        return np.float32(np.nan) if byte == 255 else np.float32(pow2(np.int64(byte) - E8M0_BIAS))
+        return np.float32(np.nan) if byte == 255 else np.float32(pow2(int(byte) - E8M0_BIAS))
     return np.float32(_E4M3[byte] * tensor_scale)
 
 
+@device
+def surely_finite(factor: np.float32) -> bool:
+    return bool(abs(np.float64(factor)) * _LARGEST_CODE <= _LARGEST_BF16)
+
+
+@device
+def code_value(code: int) -> np.float32:
+    """The E2M1 value of a code 0..15; 8 gives -0.0."""
+    magnitude = np.float32(np.int32(code & 7))
+    # The inverse of `quantise.code_of`: v = c / 2 up to code 4, c - 2 up to 6, 2c - 8 beyond, the greatest of three.
+    high = np.float32(magnitude + magnitude) - _EIGHT
+    value = max(magnitude * _HALF, magnitude - _TWO, high)
+    return np.float32(value * np.float32(_ONE - np.float32(np.float32(np.int32(code & 8)) * _QUARTER)))
+
+
+@device
+def bf16_bits(bits: np.int32) -> np.int32:
+    """Round float32 bits to BF16 bits, ties to even; a quiet NaN stays one."""
+    # np.add and its like keep 32 bits where the operators of Numba widen to 64.
+    last_kept = np.bitwise_and(np.right_shift(bits, np.int32(16)), np.int32(1))
+    return np.right_shift(np.add(np.add(bits, np.int32(0x7FFF)), last_kept), np.int32(16))
+
+
+@helper
+def decode_run(packed: U8, factors: F32, out: F32) -> None:
+    """packed [B] with a factor a byte to out [2B]."""
+    for i in range(packed.size):
+        byte, factor = packed[i], factors[i]
+        out[2 * i] = code_value(byte & 15) * factor
+        out[2 * i + 1] = code_value(byte >> 4) * factor
+
+
+@helper
+def decode_tile(packed: U8, factors: F32, out: F32) -> None:
+    """packed [length / 2, LANES] with a factor a lane to out [length, LANES]."""
+    for i in range(packed.shape[0]):
+        row, low, high = packed[i], out[2 * i], out[2 * i + 1]
+        for j in range(LANES):  # two loops: with two rows of one array written in one, LLVM fears that they overlap
+            low[j] = code_value(row[j] & 15) * factors[j]
+        for j in range(LANES):
+            high[j] = code_value(row[j] >> 4) * factors[j]
+
+
+@device
+def finish(bits: I32, shift: int, out: FloatBits) -> None:
+    """float32 bits to the bits of the target, one array to another."""
+    if shift:
+        for i in range(bits.size):
+            out[i] = bf16_bits(bits[i])
+    else:
+        for i in range(bits.size):
+            out[i] = bits[i]
+
+
 @kernel
-def decode(packed, scales, n, k, length, packed_kn, mx, tensor_scale, out, shift, out_kn):  # type: ignore[no-untyped-def]
-    """All arrays flat, `out` int32 float bits or uint16 BF16 bits. True when every value is finite."""
-    tile_rows, tile_columns = tile_shape(packed_kn or out_kn, length)
-    blocks = k // length
-    codes = np.empty((TILE_VALUES // length, length // 2), np.uint8)
-    factors = np.empty((TILE_VALUES // length, 1), np.uint8)
-    table = np.empty(16, out.dtype)
-    values = np.empty((TILE_VALUES // length, length), out.dtype)
+def decode_rows(
+    packed: U8, scales: U8, length: int, mx: bool, tensor_scale: np.float32, out: FloatBits, shift: int
+) -> bool:
+    """Row-major to row-major, arrays flat. False when a value may not be finite."""
+    finite, half = True, length // 2
+    factors, values = np.empty(CHUNK, np.float32), np.empty(2 * CHUNK, np.float32)
+    bits = values.view(np.int32)
+    for start in range(0, packed.size, CHUNK):
+        size = min(CHUNK, packed.size - start)
+        for b in range(size // half):
+            factor = block_factor(scales[start // half + b], mx, tensor_scale)
+            finite &= surely_finite(factor)
+            factors[b * half : b * half + half] = factor
+        decode_run(packed[start : start + size], factors, values)
+        finish(bits[: 2 * size], shift, out[2 * start : 2 * (start + size)])
+    return finite
+
+
+@kernel
+def decode_turning(
+    packed: U8,
+    scales: U8,
+    n: int,
+    k: int,
+    length: int,
+    packed_kn: bool,
+    mx: bool,
+    tensor_scale: np.float32,
+    out: FloatBits,
+    shift: int,
+    out_kn: bool,
+) -> bool:
+    """One side or both K-major, arrays flat. False when a value may not be finite."""
+    blocks, half = k // length, length // 2
+    codes, bytes_in = np.empty((half, LANES), np.uint8), np.empty((1, LANES), np.uint8)
+    factors = np.empty(LANES, np.float32)
+    values, rounded = np.empty((length, LANES), np.float32), np.empty((length, LANES), out.dtype)
+    bits = values.view(np.int32)
     finite = True
-    for row in range(0, n, tile_rows):
-        for column in range(0, blocks, tile_columns):
-            corner, size = (row, column), (min(tile_rows, n - row), min(tile_columns, blocks - column))
-            load_bytes(packed, packed_kn, (n, k // 2), corner, size, length // 2, codes)
-            load_bytes(scales, packed_kn, (n, blocks), corner, size, 1, factors)
-            for j in range(size[0] * size[1]):
-                factor = block_factor(factors[j, 0], mx, tensor_scale)
-                for code in range(16):
-                    bits = np.float32(_E2M1[code] * factor).view(np.int32)
-                    if shift == 16:
-                        bits = np.int32(round_to_bf16(bits)) if factor == factor else np.int32(0x7FC0)
-                    table[code] = bits
-                source, target = codes[j], values[j]
-                largest = 0
-                for i in range(length // 2):
-                    low, high = table[source[i] & 15], table[source[i] >> 4]
-                    target[2 * i], target[2 * i + 1] = low, high
-                    largest = max(largest, (np.int64(low) << shift) & _F32_EXPONENT)
-                    largest = max(largest, (np.int64(high) << shift) & _F32_EXPONENT)
-                finite &= largest < _F32_EXPONENT
-            store_tile(values, out, out_kn, (n, k), corner, size, length)
+    for number in range(tile_count(n, blocks, True)):
+        row, block, lanes = tile_of(number, n, blocks, True)
+        stride = n if packed_kn else lane_stride(k // 2, half, True)
+        load_bytes(packed, origin(row, block, n, k // 2, half, packed_kn), packed_kn, stride, lanes, codes)
+        stride = n if packed_kn else lane_stride(blocks, 1, True)
+        load_bytes(scales, origin(row, block, n, blocks, 1, packed_kn), packed_kn, stride, lanes, bytes_in)
+        for j in range(lanes):
+            factors[j] = block_factor(bytes_in[0, j], mx, tensor_scale)
+            finite &= surely_finite(factors[j])
+        decode_tile(codes, factors, values)
+        finish(bits.reshape(-1), shift, rounded.reshape(-1))
+        stride = n if out_kn else lane_stride(k, length, True)
+        store(rounded, out, origin(row, block, n, k, length, out_kn), out_kn, stride, lanes)
     return finite

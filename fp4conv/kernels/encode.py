@@ -1,82 +1,133 @@
-"""The compiled encoders: a tile in, blocks encoded, a tile of packed codes and scales out."""
+"""The compiled encoders: a tile of blocks in, scales and codes found, packed codes and sums out."""
+
+# ruff: noqa: PLR0917 -- compiled functions take their arguments by position
 
 from __future__ import annotations
 
 import numpy as np
 
-from fp4conv.kernels.compute import INF_BITS, amax_bits, encode_mx_block, encode_nv_block, square_sum
-from fp4conv.kernels.jit import device, kernel
-from fp4conv.kernels.tiles import TILE_VALUES, load_values, store_tile, tile_shape
-
-
-@device
-def pack(codes, packed, length):  # type: ignore[no-untyped-def]
-    for i in range(length // 2):
-        packed[i] = codes[2 * i] | (codes[2 * i + 1] << 4)
+from fp4conv.kernels.contract import F64, U8
+from fp4conv.kernels.jit import kernel
+from fp4conv.kernels.lanes import (
+    LANES,
+    FloatBits,
+    add_to_rows,
+    lane_stride,
+    load_floats,
+    origin,
+    store,
+    tile_count,
+    tile_of,
+)
+from fp4conv.kernels.quantise import (
+    INF_BITS,
+    MSE,
+    amax_bits,
+    e8m0_from_amax,
+    nvfp4_scales,
+    pack,
+    quantise_mx,
+    quantise_nv,
+    scale_products,
+    search_e8m0,
+    square_sums,
+)
 
 
 @kernel
-def encode_mx(x, shift, n, k, x_kn, rule, to_even, packed, scales, signal, noise, out_kn):  # type: ignore[no-untyped-def]
-    """All arrays flat. True, or False when a value is not finite (then the outputs are unspecified)."""
-    tile_rows, tile_columns = tile_shape(x_kn or out_kn, 32)
-    blocks = k // 32
-    values = np.empty((TILE_VALUES // 32, 32), np.float32)
+def encode_mx(
+    x: FloatBits,
+    shift: int,
+    n: int,
+    k: int,
+    x_kn: bool,
+    rule: int,
+    tie: np.float32,
+    packed: U8,
+    scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool,
+) -> bool:
+    """Arrays flat. True, or False when a value is not finite (then the outputs are unspecified)."""
+    by_rows, blocks = x_kn or out_kn, k // 32
+    values, terms = np.empty((32, LANES), np.float32), np.empty(16 * LANES, np.float64)
     bits = values.view(np.int32)
-    out = np.empty((TILE_VALUES // 32, 16), np.uint8)
-    out_scales = np.empty((TILE_VALUES // 32, 1), np.uint8)
-    codes, terms = np.empty(32, np.uint8), np.empty(32, np.float64)
-    signal[:n] = 0.0
-    noise[:n] = 0.0
-    for row in range(0, n, tile_rows):
-        for column in range(0, blocks, tile_columns):
-            corner, size = (row, column), (min(tile_rows, n - row), min(tile_columns, blocks - column))
-            load_values(x, shift, x_kn, (n, k), corner, size, 32, bits)
-            for r in range(size[0]):
-                for c in range(size[1]):
-                    j = r * size[1] + c
-                    if amax_bits(bits[j], 32) >= INF_BITS:
-                        return False
-                    byte, error = encode_mx_block(values[j], bits[j], rule, to_even, codes, terms)
-                    noise[row + r] += error
-                    signal[row + r] += square_sum(values[j], 32, terms)
-                    pack(codes, out[j], 32)
-                    out_scales[j, 0] = byte
-            store_tile(out, packed, out_kn, (n, k // 2), corner, size, 16)
-            store_tile(out_scales, scales, out_kn, (n, blocks), corner, size, 1)
+    amax, exponents = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    errors, squares = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
+    codes, out = np.empty((32, LANES), np.uint8), np.empty((16, LANES), np.uint8)
+    out_scales = np.empty((1, LANES), np.uint8)
+    signal[:] = 0.0
+    noise[:] = 0.0
+    for number in range(tile_count(n, blocks, by_rows)):
+        row, block, lanes = tile_of(number, n, blocks, by_rows)
+        stride = n if x_kn else lane_stride(k, 32, by_rows)
+        load_floats(x, shift, origin(row, block, n, k, 32, x_kn), x_kn, stride, lanes, bits)
+        if amax_bits(bits, amax) >= INF_BITS:
+            return False
+        if rule == MSE:
+            search_e8m0(values, amax, tie, codes, terms, exponents)
+        else:
+            e8m0_from_amax(amax, rule, exponents)
+        quantise_mx(values, exponents, tie, codes, terms, errors)
+        square_sums(values, terms, squares)
+        add_to_rows(errors, noise, row, block, blocks, lanes, by_rows)
+        add_to_rows(squares, signal, row, block, blocks, lanes, by_rows)
+        pack(codes, out)
+        for j in range(LANES):
+            out_scales[0, j] = exponents[j]
+        stride = n if out_kn else lane_stride(k // 2, 16, by_rows)
+        store(out, packed, origin(row, block, n, k // 2, 16, out_kn), out_kn, stride, lanes)
+        stride = n if out_kn else lane_stride(blocks, 1, by_rows)
+        store(out_scales, scales, origin(row, block, n, blocks, 1, out_kn), out_kn, stride, lanes)
     return True
 
 
 @kernel
-def encode_nv(  # type: ignore[no-untyped-def]
-    x, shift, n, k, x_kn, tensor_scale, rule, from_top, to_even, packed, scales, signal, noise, out_kn
-):
-    """All arrays flat. True, or False when a value is not finite (then the outputs are unspecified)."""
-    tile_rows, tile_columns = tile_shape(x_kn or out_kn, 16)
-    blocks = k // 16
-    values = np.empty((TILE_VALUES // 16, 16), np.float32)
+def encode_nv(
+    x: FloatBits,
+    shift: int,
+    n: int,
+    k: int,
+    x_kn: bool,
+    tensor_scale: np.float32,
+    rule: int,
+    from_top: bool,
+    tie: np.float32,
+    packed: U8,
+    scales: U8,
+    signal: F64,
+    noise: F64,
+    out_kn: bool,
+) -> bool:
+    """Arrays flat. True, or False when a value is not finite (then the outputs are unspecified)."""
+    by_rows, blocks = x_kn or out_kn, k // 16
+    values, terms = np.empty((16, LANES), np.float32), np.empty(8 * LANES, np.float64)
     bits = values.view(np.int32)
-    out = np.empty((TILE_VALUES // 16, 8), np.uint8)
-    out_scales = np.empty((TILE_VALUES // 16, 1), np.uint8)
-    codes, terms = np.empty(16, np.uint8), np.empty(16, np.float64)
-    signal[:n] = 0.0
-    noise[:n] = 0.0
-    for row in range(0, n, tile_rows):
-        for column in range(0, blocks, tile_columns):
-            corner, size = (row, column), (min(tile_rows, n - row), min(tile_columns, blocks - column))
-            load_values(x, shift, x_kn, (n, k), corner, size, 16, bits)
-            for r in range(size[0]):
-                for c in range(size[1]):
-                    j = r * size[1] + c
-                    largest = amax_bits(bits[j], 16)
-                    if largest >= INF_BITS:
-                        return False
-                    code, error = encode_nv_block(
-                        values[j], largest, tensor_scale, rule, from_top, to_even, codes, terms
-                    )
-                    noise[row + r] += error
-                    signal[row + r] += square_sum(values[j], 16, terms)
-                    pack(codes, out[j], 16)
-                    out_scales[j, 0] = code
-            store_tile(out, packed, out_kn, (n, k // 2), corner, size, 8)
-            store_tile(out_scales, scales, out_kn, (n, blocks), corner, size, 1)
+    amax, block_scale = np.empty(LANES, np.int32), np.empty(LANES, np.int32)
+    products = np.empty(LANES, np.float32)
+    errors, squares = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
+    codes, out = np.empty((16, LANES), np.uint8), np.empty((8, LANES), np.uint8)
+    out_scales = np.empty((1, LANES), np.uint8)
+    signal[:] = 0.0
+    noise[:] = 0.0
+    for number in range(tile_count(n, blocks, by_rows)):
+        row, block, lanes = tile_of(number, n, blocks, by_rows)
+        stride = n if x_kn else lane_stride(k, 16, by_rows)
+        load_floats(x, shift, origin(row, block, n, k, 16, x_kn), x_kn, stride, lanes, bits)
+        if amax_bits(bits, amax) >= INF_BITS:
+            return False
+        nvfp4_scales(values, amax, tensor_scale, rule, from_top, tie, codes, terms, block_scale)
+        scale_products(block_scale, tensor_scale, products)
+        quantise_nv(values, products, tie, codes, terms, errors)
+        square_sums(values, terms, squares)
+        add_to_rows(errors, noise, row, block, blocks, lanes, by_rows)
+        add_to_rows(squares, signal, row, block, blocks, lanes, by_rows)
+        pack(codes, out)
+        for j in range(LANES):
+            out_scales[0, j] = block_scale[j]
+        stride = n if out_kn else lane_stride(k // 2, 8, by_rows)
+        store(out, packed, origin(row, block, n, k // 2, 8, out_kn), out_kn, stride, lanes)
+        stride = n if out_kn else lane_stride(blocks, 1, by_rows)
+        store(out_scales, scales, origin(row, block, n, blocks, 1, out_kn), out_kn, stride, lanes)
     return True

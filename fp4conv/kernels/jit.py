@@ -11,6 +11,7 @@ write to is refused, except the one that the user names in NUMBA_CACHE_DIR.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -19,14 +20,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
-_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": False}
 _kernels: list[object] = []  # every dispatcher made by `kernel`, for `is_cold` and the tests
 _failures: list[str] = []
 
@@ -43,6 +44,11 @@ def kernel(function: Function) -> Function:
 def device(function: Function) -> Function:
     """Compile `function` into the kernels that call it; it has no cache entry of its own."""
     return cast(Function, numba.njit(forceinline=True, **_OPTIONS)(function))
+
+
+def helper(function: Function) -> Function:
+    """Compile `function` once for all its callers, to be called from kernels; it has no cache entry either."""
+    return cast(Function, numba.njit(**_OPTIONS)(function))
 
 
 def cache_note() -> str | None:
@@ -84,7 +90,7 @@ class _LazyCache(NullCache):  # type: ignore[misc]
     def has_entries(self) -> bool:
         try:
             return self._files is not None and bool(self._files._cache_file._load_index())
-        except Exception:  # a damaged index is an empty one
+        except Exception:  # noqa: BLE001 -- whatever reading a damaged index raises, it is an empty one
             return False
 
     def load_overload(self, sig: object, target_context: object) -> object | None:
@@ -92,7 +98,7 @@ class _LazyCache(NullCache):  # type: ignore[misc]
             return None
         try:
             return cast("object | None", self._files.load_overload(sig, target_context))
-        except Exception as error:  # whatever a damaged file raises, compiling again mends it
+        except Exception as error:  # noqa: BLE001 -- whatever a damaged file raises, compiling again mends it
             _failures.append(f"{type(error).__name__}: {error}")
             return None
 
@@ -133,14 +139,14 @@ class _SourcesLocator(_CacheLocator):  # type: ignore[misc]
 
 
 class _FolderCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_SourcesLocator]
+    _locator_classes: ClassVar[list[type[object]]] = [_SourcesLocator]
 
 
 class _FolderCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _FolderCacheImpl
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -151,7 +157,7 @@ def _sources_digest() -> str:
 # -- the folder ---------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cache_folder() -> tuple[Path | None, str]:
     """The folder to keep machine code in, or None and the reason."""
     named = os.environ.get("NUMBA_CACHE_DIR")
@@ -182,7 +188,7 @@ def _candidates() -> list[Path]:
         home = Path.home()
     except RuntimeError:
         home = None
-    if xdg and os.path.isabs(xdg):
+    if xdg and Path(xdg).is_absolute():
         folders.append(Path(xdg) / "fp4conv")
     elif home is not None and sys.platform == "darwin":
         folders.append(home / "Library" / "Caches" / "fp4conv")
@@ -197,10 +203,8 @@ def _make_private(folder: Path) -> str | None:
     """Make `folder` with mode 0700, or check that it is ours alone. Returns why it cannot be used."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
         reason = _not_private(folder)
         if reason is None:
             tempfile.TemporaryFile(dir=folder).close()

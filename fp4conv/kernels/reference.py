@@ -8,6 +8,8 @@ Sources: OCP Microscaling Formats v1.0, sections 5.3.3, 5.4.1, 6.3; OCP OFP8 v1.
 of operations of NVFP4 (scale, product of scales, quotient) is that of ModelOpt 0.47, `NVFP4QTensor`.
 """
 
+# ruff: noqa: PLR0917 -- the arrays of a call come in one fixed order everywhere
+
 from __future__ import annotations
 
 import math

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from fp4conv.kernels.compute import INF_BITS
+from fp4conv.kernels.decode import bf16_bits
 from fp4conv.kernels.jit import kernel
+from fp4conv.kernels.lanes import I32, FloatBits
+from fp4conv.kernels.quantise import INF_BITS
 
 _ABS = np.int32(0x7FFFFFFF)
+_ROUNDS_TO_INF = np.int32(0x7F7F8000)  # half way from BF16's largest number to the next power of two
 
 
 @kernel
-def largest_bits(x, shift):  # type: ignore[no-untyped-def]
+def largest_bits(x: FloatBits, shift: int) -> int:
     """The largest |x| as float32 bits; `x` flat, int32 float bits or uint16 BF16 bits with shift 16."""
     largest = np.int32(0)
     for i in range(x.size):
         largest = np.int32(max(largest, np.int32(np.int32(x[i] << shift) & _ABS)))
-    return np.int64(largest)
+    return int(largest)
 
 
 @kernel
-def largest_finite_bits(x, shift):  # type: ignore[no-untyped-def]
+def largest_finite_bits(x: FloatBits, shift: int) -> int:
     largest = np.int32(0)
     for i in range(x.size):
         bits = np.int32(np.int32(x[i] << shift) & _ABS)
         if bits < INF_BITS:
             largest = np.int32(max(largest, bits))
-    return np.int64(largest)
+    return int(largest)
 
 
 @kernel
-def nonfinite(x, shift):  # type: ignore[no-untyped-def]
+def nonfinite(x: FloatBits, shift: int) -> int:
     """How many values are NaN or Inf."""
     count = 0
     for i in range(x.size):
-        count += np.int32(np.int32(x[i] << shift) & _ABS) >= INF_BITS
+        count += int(np.int32(np.int32(x[i] << shift) & _ABS) >= INF_BITS)
     return count
 
 
 @kernel
-def first_nonfinite(x, shift, n, k, kn):  # type: ignore[no-untyped-def]
+def first_nonfinite(x: FloatBits, shift: int, n: int, k: int, kn: bool) -> int:
     """The flat logical index of the first NaN or Inf, row by row, or -1; `x` flat."""
     for row in range(n):
         for column in range(k):
@@ -50,23 +54,30 @@ def first_nonfinite(x, shift, n, k, kn):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def to_bf16(bits, out):  # type: ignore[no-untyped-def]
-    """Round float32 bits (int32) to BF16 bits; returns the first index where a finite value became Inf, or -1."""
-    overflowed = -1
+def to_bf16(bits: I32, out: npt.NDArray[np.uint16]) -> bool:
+    """Round float32 bits to BF16 bits, NaN to a quiet NaN of its sign. False when a finite value became Inf."""
+    overflows = 0
     for i in range(bits.size):
-        value = np.uint32(bits[i])
-        rounded = np.uint32(value + np.uint32(0x7FFF) + ((value >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        magnitude = bits[i] & _ABS
-        if magnitude > INF_BITS:
-            rounded = (value >> np.uint32(16)) | np.uint32(0x40)
-        out[i] = rounded
-        if overflowed < 0 and magnitude < INF_BITS and (rounded & np.uint32(0x7FFF)) == 0x7F80:
-            overflowed = i
-    return overflowed
+        value = bits[i]
+        magnitude, top = np.bitwise_and(value, _ABS), np.right_shift(value, np.int32(16))
+        quiet = np.bitwise_or(top, np.int32(0x40))
+        out[i] = quiet if magnitude > INF_BITS else bf16_bits(value)
+        overflows += int(magnitude >= _ROUNDS_TO_INF) - int(magnitude >= INF_BITS)
+    return overflows == 0
 
 
 @kernel
-def to_f32(x, out):  # type: ignore[no-untyped-def]
-    """Widen BF16 bits (uint16) to float32 bits (int32)."""
+def first_overflow(bits: I32) -> int:
+    """The first index of a finite float32 that rounds to Inf in BF16, or -1."""
+    for i in range(bits.size):
+        magnitude = np.int32(bits[i] & _ABS)
+        if magnitude >= _ROUNDS_TO_INF and magnitude < INF_BITS:
+            return i
+    return -1
+
+
+@kernel
+def to_f32(x: npt.NDArray[np.uint16], out: I32) -> None:
+    """Widen BF16 bits to float32 bits."""
     for i in range(x.size):
         out[i] = x[i] << 16
