@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache, _CacheLocator
@@ -139,7 +139,7 @@ class _SourcesLocator(_CacheLocator):  # type: ignore[misc]
 
 
 class _FolderCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes: ClassVar[list[type[object]]] = [_SourcesLocator]
+    _locator_classes = [_SourcesLocator]  # noqa: RUF012 -- Numba reads it from the class, and declares it so
 
 
 class _FolderCache(FunctionCache):  # type: ignore[misc]
