@@ -130,7 +130,7 @@ class Weight:
         """A weight that a block format could hold: a linear layer's, or an expert parameter's."""
         if isinstance(self.value, Decoded):
             return True
-        if self.value.ref.spec.dtype not in FLOAT_DTYPES:
+        if self.value.ref.spec.dtype not in FLOAT_DTYPES or not self.elements:
             return False
         linear = len(self.shape) == 2 and self.name.endswith(".weight")
         return linear or (len(self.shape) == 3 and self.role is Role.EXPERT)

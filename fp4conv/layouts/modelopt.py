@@ -14,7 +14,7 @@ from fp4conv.errors import SourceError
 from fp4conv.families import Family, Role
 from fp4conv.formats import NVFP4
 from fp4conv.layouts.base import Parsed, Written, layer_count
-from fp4conv.layouts.parts import Part, PartNames, collect, dense_weight, spell
+from fp4conv.layouts.parts import Part, PartNames, collect, dense_weight, looks_packed, spell
 from fp4conv.layouts.quant_config import HF_QUANT_CONFIG, MODEL_CONFIG, contradictions, read_quant_config
 from fp4conv.model import JSON, Decoded, Source, Weight
 
@@ -29,7 +29,7 @@ class ModelOpt:
 
     def recognises(self, source: Source) -> bool:
         scales = (LINEAR.block_scale, EXPERTS.block_scale, LINEAR.tensor_scale or "", EXPERTS.tensor_scale or "")
-        packed = any(ref.spec.dtype == "U8" and name.endswith(LINEAR.packed) for name, ref in source.tensors.items())
+        packed = any(looks_packed(ref, names) for ref in source.tensors.values() for names in (LINEAR, EXPERTS))
         return packed or any(name.endswith(scales) for name in source.tensors)
 
     def parse(self, source: Source, family: Family) -> Parsed:

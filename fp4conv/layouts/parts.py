@@ -16,6 +16,7 @@ from fp4conv.model import Decoded, Source, Stored, Weight
 from fp4conv.safetensors_io import TensorRef, TensorSpec
 
 PACKED, BLOCK_SCALE, TENSOR_SCALE, INPUT_SCALE = "packed", "block_scale", "tensor_scale", "input_scale"
+DENSE_SUFFIX = ".weight"  # of a linear layer's dense tensor
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class PartNames:
     grouped: bool = False
 
     def canonical(self, stem: str) -> str:
-        return stem if self.experts else f"{stem}.weight"
+        return stem if self.experts else stem + DENSE_SUFFIX
 
     def stem(self, weight: Weight) -> str:
-        return weight.name if self.experts else weight.name.removesuffix(".weight")
+        return weight.name if self.experts else weight.name.removesuffix(DENSE_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def collect(source: Source, family: Family, tables: Iterable[PartNames], layers:
             weights.append(weight)
             used.update(ref.name for ref in refs)
             if names.input_scale and (found := source.tensors.get(stem + names.input_scale)):
-                input_scales[weight.module] = found
+                input_scales[weight.module] = _scalar(found, "input scale", names)
                 used.add(found.name)
         _refuse_orphans(source, names, used)
     return Collected(tuple(weights), input_scales, frozenset(used))
@@ -123,16 +124,14 @@ def _assemble(
                 hint="the checkpoint is incomplete: download or export it again",
             )
         if ref.spec.dtype != dtype:
-            raise SourceError(
-                f"dtype {ref.spec.dtype}, expected {dtype} for the {what} of {names.format.name}",
-                where=f"{ref.name} ({ref.file})",
-                hint="this tensor is not what its name says: the tool that wrote the checkpoint damaged it",
-            )
+            raise _wrong_kind(ref, f"dtype {ref.spec.dtype}, expected {dtype} for the {what} of {names.format.name}")
         return ref
 
     scale = need(names.block_scale, names.scale_dtype, "block scales")
     packed = need(names.packed, "U8", "packed codes")
-    tensor_scale = need(names.tensor_scale, "F32", "tensor scale") if names.tensor_scale else None
+    tensor_scale = None
+    if names.tensor_scale:
+        tensor_scale = _scalar(need(names.tensor_scale, "F32", "tensor scale"), "tensor scale", names)
     batch, n, k, block = _shape_of(names, packed, scale)
     canonical = names.canonical(stem)
     module = module_of(canonical)
@@ -141,6 +140,18 @@ def _assemble(
     shape = (*batch, k, n) if kn else (*batch, n, k)
     weight = Weight(canonical, module, role_of(module, layers), shape, value, kn)
     return weight, value.refs
+
+
+def _scalar(ref: TensorRef, what: str, names: PartNames) -> TensorRef:
+    if ref.spec.dtype != "F32" or ref.spec.elements != 1:
+        found = f"{ref.spec.dtype} {list(ref.spec.shape)}, expected one F32 value for the {what} of {names.format.name}"
+        raise _wrong_kind(ref, found)
+    return ref
+
+
+def _wrong_kind(ref: TensorRef, found: str) -> SourceError:
+    hint = "this tensor is not what its name says: the tool that wrote the checkpoint damaged it"
+    return SourceError(found, where=f"{ref.name} ({ref.file})", hint=hint)
 
 
 def _shape_of(names: PartNames, packed: TensorRef, scale: TensorRef) -> tuple[tuple[int, ...], int, int, int]:
@@ -153,7 +164,7 @@ def _shape_of(names: PartNames, packed: TensorRef, scale: TensorRef) -> tuple[tu
         rows_agree = n == (s[-1] if names.kn else s[-2])
         k = 2 * half
         allowed = (names.format.block,) if names.tensor_scale is None else (16, 32)
-        if rows_agree and per_row and k % per_row == 0 and k // per_row in allowed:
+        if rows_agree and packed.spec.elements and per_row and k % per_row == 0 and k // per_row in allowed:
             return p[:-2], n, k, k // per_row
     raise SourceError(
         f"codes {list(packed.spec.shape)} and block scales {list(s)} ({scale.name}) do not fit together as "
@@ -164,16 +175,32 @@ def _shape_of(names: PartNames, packed: TensorRef, scale: TensorRef) -> tuple[tu
 
 
 def _refuse_orphans(source: Source, names: PartNames, used: set[str]) -> None:
-    """Codes without scales. A packed suffix that dense tensors have too counts only when the dtype is U8."""
+    """Codes without block scales, tensor scales without either. Where dense tensors share a suffix, only U8 counts."""
+    what = f"packed {names.format.name} codes"
     for name, ref in source.tensors.items():
-        orphan = bool(names.packed) and name.endswith(names.packed) and name not in used
-        if orphan and ref.spec.dtype == "U8":
-            raise SourceError(
-                f"packed {names.format.name} codes without their block scales "
-                f"{name.removesuffix(names.packed) + names.block_scale}",
-                where=f"{name} ({ref.file})",
-                hint="the checkpoint is incomplete: download or export it again",
-            )
+        if name in used:
+            continue
+        if names.tensor_scale and name.endswith(names.tensor_scale):
+            stem = name.removesuffix(names.tensor_scale)
+            raise _incomplete(ref, f"a tensor scale of {names.format.name} without {stem + names.block_scale}")
+        if not looks_packed(ref, names):
+            continue
+        if ref.spec.dtype != "U8":
+            raise _wrong_kind(ref, f"{ref.spec.dtype} {list(ref.spec.shape)} under the name of {what}, expected U8")
+        scales = name.removesuffix(names.packed) + names.block_scale
+        raise _incomplete(ref, f"{what} without their block scales {scales}")
+
+
+def looks_packed(ref: TensorRef, names: PartNames) -> bool:
+    """Whether the tensor is named like codes of this table; where dense tensors have such names, it must be U8 too."""
+    if not names.packed:
+        return ref.spec.dtype == "U8" and len(ref.spec.shape) == 3 and role_of(module_of(ref.name)) is Role.EXPERT
+    return ref.name.endswith(names.packed) and (ref.spec.dtype == "U8" or names.packed != DENSE_SUFFIX)
+
+
+def _incomplete(ref: TensorRef, found: str) -> SourceError:
+    hint = "the checkpoint is incomplete: download or export it again"
+    return SourceError(found, where=f"{ref.name} ({ref.file})", hint=hint)
 
 
 def dense_weight(ref: TensorRef, family: Family, layers: int | None) -> Weight:
