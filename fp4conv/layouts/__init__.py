@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fp4conv.errors import PlanError
+from fp4conv.errors import UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
 from fp4conv.layouts.compressed_tensors import CompressedTensors
@@ -20,17 +20,19 @@ def parse(source: Source) -> Model:
     layout = next(layout for layout in LAYOUTS if layout.recognises(source))
     parsed = layout.parse(source, family)
     weights = tuple(sorted(parsed.weights, key=lambda weight: natural_key(weight.name)))
-    config = source.json("config.json") or {}
-    warnings = (*source.warnings, *parsed.warnings)
-    return Model(source, family, layout.name, weights, config, parsed.calibration, warnings)
+    config = source.json("config.json")
+    notes = () if config is not None else ("there is no config.json: no program knows what model these tensors are",)
+    warnings = (*source.warnings, *parsed.warnings, *notes)
+    return Model(source, family, layout.name, weights, config or {}, parsed.calibration, warnings)
 
 
 def layout_named(name: str) -> Layout:
-    """The layout that `--layout NAME` means. Raises PlanError for a name that is none."""
+    """The layout that `--layout NAME` means. Raises UsageError for a name that is none."""
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
-    raise PlanError(f"there is no layout {name!r}", hint=f"choose one of: {', '.join(x.name for x in LAYOUTS)}")
+    names = ", ".join(layout.name for layout in LAYOUTS)
+    raise UsageError(f"--layout: there is no layout {name!r}", hint=f"choose one of: {names}")
 
 
 def default_layout(format_name: str, family: Family) -> Layout:
