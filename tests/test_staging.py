@@ -261,13 +261,14 @@ def test_error_after_the_start_keeps_the_work_and_says_so(tmp_path: Path) -> Non
         raise SourceError("bad", hint="Mend it.")
     assert str(caught.value).splitlines()[1:] == [
         "  Mend it.",
-        f"  What is done is kept in {target}.partial: the same command goes on from there.",
+        f"  What is done is kept in {target}.partial. The same command goes on from there:",
+        f"    fp4conv convert SRC {target}",
     ]
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on"), staged(target) as out:
+    with pytest.raises(KeyboardInterrupt, match="The same command goes on"), staged(target) as out:
         out.record("one", {})
         out.checkpoint()
         raise KeyboardInterrupt
-    with pytest.raises(OutputError, match="the same command goes on"), staged(target) as out:
+    with pytest.raises(OutputError, match="The same command goes on"), staged(target) as out:
         assert set(out.finished) == {"one"}
         raise OutputError("disk full")
     assert (tmp_path / "dst.partial").is_dir()

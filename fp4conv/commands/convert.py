@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from fp4conv.errors import UsageError
 from fp4conv.formats import ScaleRule, Ties
@@ -27,6 +28,21 @@ from fp4conv.staging import Staging, stage
 
 DEFAULT_MEMORY = "1GB"
 DEFAULT_SHARD = "5GB"
+
+
+class _PlanOptions(TypedDict):
+    """The arguments that change bytes."""
+
+    to: str
+    layout: str | None
+    modules: str | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    scale_rule: ScaleRule | str | None
+    ties: Ties | str
+    input_scales: str
+    max_shard_size: int | str
+    for_server: str | None
 
 
 def convert(
@@ -58,8 +74,7 @@ def convert(
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)
-    plan = plan_conversion(
-        source,
+    options = _PlanOptions(
         to=to,
         layout=layout,
         modules=modules,
@@ -71,6 +86,7 @@ def convert(
         max_shard_size=max_shard_size,
         for_server=for_server,
     )
+    plan = plan_conversion(source, **options)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
     if on_plan:
         on_plan(plan)
@@ -79,7 +95,7 @@ def convert(
     with stage(
         Path(destination),
         fingerprint=plan.fingerprint,
-        command=command or f"fp4conv convert {source} {destination} --to {to}",
+        command=command or _command_line(source, destination, options),
         nbytes=plan.total_bytes,
         source_root=plan.model.source.root,
         overwrite=overwrite,
@@ -140,6 +156,16 @@ def write_files(plan: Plan, out: Staging) -> None:
     for file in plan.files:
         content = file.content if file.content is not None else plan.model.source.read_bytes(file.name)
         out.write_file(file.name, content)
+
+
+def _command_line(source: str | Path, destination: str | Path, options: _PlanOptions) -> str:
+    """What a user types to get the same bytes: for the journal, and for the message of a run that stopped."""
+    words = ["fp4conv", "convert", str(source), str(destination)]
+    for key, given in options.items():
+        option = "--for" if key == "for_server" else "--" + key.replace("_", "-")
+        for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
+            words += [option, str(value.value if isinstance(value, Enum) else value)]
+    return shlex.join(words)
 
 
 _Choice = TypeVar("_Choice", bound=Enum)

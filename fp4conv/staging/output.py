@@ -38,7 +38,7 @@ class Staging:
 
     @property
     def resume_hint(self) -> str:
-        return f"What is done is kept in {self.root}: the same command goes on from there."
+        return f"What is done is kept in {self.root}. The same command goes on from there:\n    {self._journal.command}"
 
     def start(self) -> None:
         """Tensor data are about to be written: from now on an error keeps the folder."""
