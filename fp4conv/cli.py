@@ -39,8 +39,8 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except Fp4convError as error:
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
-            _fail("stopped; the same command goes on from what is done", INTERRUPTED)
+        except KeyboardInterrupt as stopped:
+            _fail("\n  ".join(["stopped", *map(str, stopped.args)]), INTERRUPTED)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output is gone; so is the need to say more
             sys.exit(1)
@@ -239,6 +239,7 @@ def _warn(warnings: tuple[str, ...], quiet: bool) -> None:
 
 def _announce_kernels(quiet: bool) -> None:
     """Say so before the first compilation on this machine, which takes some seconds."""
+    import fp4conv.kernels.compiled  # noqa: F401 -- until its kernels are known, all look cold
     from fp4conv.kernels.jit import cache_note, is_cold
 
     if quiet:
