@@ -62,9 +62,11 @@ def cache_note() -> str | None:
 
 
 def is_cold() -> bool:
-    """Whether no kernel has been compiled yet, neither in this process nor, by the cache, in an earlier one."""
-    dispatchers = cast("list[Any]", _kernels)
-    return not any(d.signatures or d._cache.has_entries() for d in dispatchers)
+    """Whether no kernel of these sources was compiled yet, in this process or, kept in the cache, in an earlier one."""
+    if any(cast(Any, dispatcher).signatures for dispatcher in _kernels):
+        return False
+    folder = _cache_folder()[0]
+    return folder is None or not any(_entries(folder).glob(f"*.py{sys.version_info[0]}{sys.version_info[1]}*.nbi"))
 
 
 class _LazyCache(NullCache):  # type: ignore[misc]
@@ -87,27 +89,27 @@ class _LazyCache(NullCache):  # type: ignore[misc]
     def cache_path(self) -> str | None:
         return None if self._files is None else str(self._files.cache_path)
 
-    def has_entries(self) -> bool:
+    def _readable(self) -> bool:
         try:
-            return self._files is not None and bool(self._files._cache_file._load_index())
-        except Exception:  # noqa: BLE001 -- whatever reading a damaged index raises, it is an empty one
+            self._files._cache_file._load_index()  # type: ignore[union-attr]
+        except Exception:  # noqa: BLE001 -- whatever reading a damaged index raises, it is replaced
             return False
+        return True
 
     def load_overload(self, sig: object, target_context: object) -> object | None:
         if self._files is None:
             return None
         try:
             return cast("object | None", self._files.load_overload(sig, target_context))
-        except Exception as error:  # noqa: BLE001 -- whatever a damaged file raises, compiling again mends it
-            _failures.append(f"{type(error).__name__}: {error}")
+        except Exception:  # noqa: BLE001 -- whatever a damaged file raises, compiling again mends it
             return None
 
     def save_overload(self, sig: object, data: object) -> None:
         if self._files is None:
             return
         try:
-            if not self.has_entries():
-                self._files.flush()  # replaces a damaged or outdated index
+            if not self._readable():
+                self._files.flush()
             self._files.save_overload(sig, data)
         except OSError as error:  # a full disk or a quota must not end a conversion
             _failures.append(str(error))
@@ -116,15 +118,15 @@ class _LazyCache(NullCache):  # type: ignore[misc]
 class _SourcesLocator(_CacheLocator):  # type: ignore[misc]
     """Puts entries in our folder, stamped with the text of every kernel source."""
 
-    def __init__(self, function: Callable[..., object], source: str) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         folder = _cache_folder()[0]
         assert folder is not None, "asked for a cache where there is none"
-        self._path = folder / self.get_suitable_cache_subpath(source)
+        self._path = _entries(folder)
         self._line = function.__code__.co_firstlineno  # type: ignore[attr-defined]
 
     @classmethod
     def from_function(cls, function: Callable[..., object], source: str) -> _SourcesLocator:
-        locator = cls(function, source)
+        locator = cls(function)
         locator.ensure_cache_path()
         return locator
 
@@ -139,19 +141,30 @@ class _SourcesLocator(_CacheLocator):  # type: ignore[misc]
 
 
 class _FolderCacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_SourcesLocator]  # noqa: RUF012 -- Numba reads it from the class, and declares it so
+    _locator_classes: list[type[object]] = [_SourcesLocator]  # noqa: RUF012 -- Numba reads it from the class, and declares it so
 
 
 class _FolderCache(FunctionCache):  # type: ignore[misc]
     _impl_class = _FolderCacheImpl
 
 
+def _sources() -> list[Path]:
+    """What compiled code is made of: these modules, and the constants of the formats."""
+    here = Path(__file__).parent
+    return [*sorted(here.glob("*.py")), *here.parent.glob("formats.py")]
+
+
 @functools.cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in _sources():
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _entries(folder: Path) -> Path:
+    """The folder of these sources' entries: another version of fp4conv has one beside it."""
+    return folder / f"kernels-{_sources_digest()[:16]}"
 
 
 # -- the folder ---------------------------------------------------------------------------------
@@ -160,6 +173,8 @@ def _sources_digest() -> str:
 @functools.cache
 def _cache_folder() -> tuple[Path | None, str]:
     """The folder to keep machine code in, or None and the reason."""
+    if len(_sources()) < 2:
+        return None, "the sources of fp4conv are not plain files"
     named = os.environ.get("NUMBA_CACHE_DIR")
     if named:
         return _try_named(Path(named))
