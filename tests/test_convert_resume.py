@@ -1,0 +1,292 @@
+"""The same bytes whatever the workers, the memory and the kills; DST absent until whole; SRC never written."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import bf16, noise, read_raw, tree, write_model
+
+import fp4conv
+from fp4conv.errors import PlanError, ResumeError
+from fp4conv.plan import BASE_BYTES
+from fp4conv.staging import JOURNAL_NAME
+from fp4conv.synthetic import write_checkpoint
+
+Reference = Callable[[str], Path]
+ROOT = Path(__file__).resolve().parent.parent
+LAYER = "model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows and matrices so large that small memories cut them: dense, and K-major experts; not all rows alike."""
+    rng = np.random.default_rng(5)
+    experts = rng.standard_normal((3, 512, 768)) * np.exp(rng.standard_normal((3, 1, 768)))
+    tensors = {
+        f"{LAYER}.self_attn.sinks": noise((4,)),
+        f"{LAYER}.mlp.experts.gate_up_proj": bf16(experts),
+        f"{LAYER}.mlp.experts.down_proj": bf16(rng.standard_normal((3, 384, 512))),
+        f"{LAYER}.self_attn.q_proj.weight": noise((1024, 512), 1),
+        f"{LAYER}.self_attn.k_proj.weight": noise((256, 512), 2),
+        f"{LAYER}.self_attn.v_proj.weight": noise((256, 512), 3),
+        "model.norm.weight": noise((512,), 4),
+    }
+    folder = tmp_path_factory.mktemp("wide") / "src"
+    return write_model(folder, tensors, {"model_type": "gpt_oss", "num_hidden_layers": 1})
+
+
+@pytest.fixture(scope="module")
+def wide_quantised(wide: Path) -> Mapping[str, Path]:
+    """The same model in both block formats."""
+    made = {name: wide.parent / name for name in ("mxfp4", "nvfp4")}
+    for name, folder in made.items():
+        fp4conv.convert(wide, folder, to=name)
+    return made
+
+
+CONVERSIONS = [
+    ("bf16", "mxfp4", {}),
+    ("bf16", "nvfp4", {"modules": "all"}),
+    ("bf16", "f16", {}),
+    ("mxfp4", "nvfp4", {}),
+    ("mxfp4", "bf16", {}),
+    ("nvfp4", "bf16", {}),
+    ("nvfp4", "mxfp4", {"scale_rule": "even"}),
+]
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS, ids=lambda conversion: "-".join(conversion[:2]))
+def test_bytes_do_not_depend_on_workers_or_memory(
+    wide: Path, wide_quantised: Mapping[str, Path], tmp_path: Path, conversion: tuple[str, str, Mapping[str, str]]
+) -> None:
+    source, to, options = conversion
+    folder = {"bf16": wide, **wide_quantised}[source]
+    results = {}
+    cuts = [
+        (1, "1GB"),
+        (2, "1GB"),
+        (5, "1GB"),
+        (1, BASE_BYTES + 1_000_000),
+        (3, BASE_BYTES + 3_300_000),
+        (2, 417_000_000),
+    ]
+    for number, (workers, memory) in enumerate(cuts):
+        out = tmp_path / str(number)
+        result = fp4conv.convert(folder, out, to=to, workers=workers, max_memory=memory, **options)  # type: ignore[arg-type]
+        results[number] = (tree(out), result.sqnr_db, result.per_tensor, result.lossy_blocks, result.bytes_written)
+    assert len({repr(found) for found in results.values()}) == 1
+
+
+def test_memory_that_cannot_hold_a_row_is_refused(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "src", {"model.layers.0.mlp.down_proj.weight": bf16(np.ones((1, 1_000_000)))})
+    with pytest.raises(PlanError, match=r"down_proj.*one row needs"):
+        fp4conv.convert(source, tmp_path / "dst", to="nvfp4", workers=1, max_memory=BASE_BYTES + 1_000_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+# ---- kills
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big") / "src"
+    write_checkpoint(folder, nbytes=24_000_000, family="gpt-oss", seed=3, max_shard_bytes=7_000_000)
+    return folder
+
+
+# As the command, with a journal every few milliseconds and a pause a unit, so that a kill finds it half done.
+SLOW = """
+import importlib, time
+run = importlib.import_module("fp4conv.pipeline.run")
+run.CHECKPOINT_SECONDS = 0.01
+work = run.work
+def slow(*arguments):
+    time.sleep(0.008)
+    return work(*arguments)
+run.work = slow
+from fp4conv.cli import main
+main()
+"""
+
+
+def start(source: Path, destination: Path, *options: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, "convert", str(source), str(destination), "--quiet", *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def journal_lines(destination: Path) -> int:
+    try:
+        return len((destination.with_name(destination.name + ".partial") / JOURNAL_NAME).read_bytes().splitlines())
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "words",
+    ["--to nvfp4 --modules all", "--to mxfp4 --scale-rule even", "--to nvfp4 --max-shard-size 5MB"],
+)
+def test_sigkill_at_random_moments_then_the_same_command(
+    checkpoint: Path, tmp_path: Path, words: str, overwrite: bool
+) -> None:
+    moments, target = random.Random(words), tmp_path / "dst"
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in checkpoint.iterdir()}
+    if overwrite:
+        target.mkdir()
+        (target / "old").write_text("old")
+    options = (*words.split(), *["--overwrite"] * overwrite)
+    progressed = 0
+    for _ in range(3):
+        process = start(checkpoint, target, *options, "--workers", str(moments.choice([1, 2, 4])))
+        wanted, until = journal_lines(target) + moments.randint(1, 9), time.monotonic() + 20
+        while process.poll() is None and journal_lines(target) < wanted and time.monotonic() < until:
+            time.sleep(0.003)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            break
+        progressed = max(progressed, journal_lines(target))
+        if not (target / "config.json").exists():  # else the kill came after the rename
+            assert (target / "old").exists() == overwrite
+            assert target.exists() == overwrite
+    assert progressed > 2
+    if process.returncode != 0:
+        memory = str(BASE_BYTES + moments.choice([5_000_000, 50_000_000, 700_000_000]))
+        process = start(checkpoint, target, *options, "--max-memory", memory)
+        assert process.communicate()[1] == b""
+        assert process.returncode == 0
+    given = iter(word.removeprefix("--").replace("-", "_") for word in words.split())
+    fp4conv.convert(checkpoint, tmp_path / "whole", **dict(zip(given, given, strict=True)))  # type: ignore[arg-type]
+    assert tree(target) == tree(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "whole"]
+    assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in checkpoint.iterdir()}
+
+
+def test_sqnr_of_a_resumed_run_is_that_of_a_whole_one(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dst"
+    process = start(checkpoint, target, "--to", "mxfp4", "--scale-rule", "even", "--workers", "1")
+    until = time.monotonic() + 20
+    while journal_lines(target) < 8 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert journal_lines(target) >= 8
+    resumed = fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even")
+    whole = fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
+    assert resumed.per_tensor == whole.per_tensor
+    assert resumed.sqnr_db == whole.sqnr_db
+    assert (resumed.bytes_read, resumed.bytes_written) == (whole.bytes_read, whole.bytes_written)
+
+
+def interrupted(checkpoint: Path, target: Path) -> None:
+    process = start(checkpoint, target, "--to", "mxfp4", "--workers", "1", "--scale-rule", "even")
+    until = time.monotonic() + 20
+    while journal_lines(target) < 4 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert b"goes on" in error
+    assert b"convert" in error
+    assert b"Traceback" not in error
+
+
+def test_ctrl_c_leaves_what_the_same_command_resumes(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dst"
+    interrupted(checkpoint, target)
+    assert not target.exists()
+    kept = journal_lines(target)
+    assert kept >= 4
+    done: list[int] = []
+    result = fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even", on_bytes=done.append)
+    assert sum(done) == result.bytes_read
+    assert done[0] > 0, "what was done before counts at once"
+    fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_another_command_does_not_go_on_from_there(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dst"
+    interrupted(checkpoint, target)
+    for options in (
+        {"scale_rule": "floor"},
+        {"scale_rule": "even", "ties": "down"},
+        {"scale_rule": "even", "max_shard_size": "9MB"},
+    ):
+        with pytest.raises(ResumeError, match=r"dst\.partial"):
+            fp4conv.convert(checkpoint, target, to="mxfp4", **options)  # type: ignore[arg-type]
+    fp4conv.convert(checkpoint, target, to="nvfp4", scale_rule="amax", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
+
+
+def test_shard_that_vanished_from_the_partial_is_written_again(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dst"
+    interrupted(checkpoint, target)
+    shards = list((tmp_path / "dst.partial").glob("*.safetensors"))
+    assert shards
+    shards[0].unlink()
+    fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even")
+    fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+# ---- atomicity, seen from outside while it runs
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_destination_is_absent_or_old_until_it_is_whole(reference: Reference, tmp_path: Path, overwrite: bool) -> None:
+    target = tmp_path / "dst"
+    if overwrite:
+        target.mkdir()
+        (target / "old").write_text("old")
+    seen: list[bool] = []
+    fp4conv.convert(
+        reference("llama-bf16"),
+        target,
+        to="nvfp4",
+        overwrite=overwrite,
+        on_bytes=lambda _: seen.append((target / "old").exists() if overwrite else not target.exists()),
+    )
+    assert seen
+    assert all(seen)
+    assert not (target / "old").exists()
+    assert (target / "config.json").exists()
+    assert not (target / JOURNAL_NAME).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
+
+
+def test_source_is_never_written(reference: Reference, tmp_path: Path) -> None:
+    source = reference("qwen3moe-bf16")
+    before, stamps = tree(source), {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    for to in ("bf16", "mxfp4", "nvfp4", "f32"):
+        fp4conv.convert(source, tmp_path / to, to=to)
+    assert tree(source) == before
+    assert stamps == {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+
+
+def test_progress_adds_up_to_the_bytes_read(reference: Reference, tmp_path: Path) -> None:
+    for name, to in (
+        ("gptoss-bf16", "nvfp4"),
+        ("gptoss-mxfp4", "nvfp4"),
+        ("llama-nvfp4-weight-only", "nvfp4"),
+        ("gptoss-mxfp4", "f16"),
+    ):
+        done: list[int] = []
+        result = fp4conv.convert(reference(name), tmp_path / f"{name}-{to}", to=to, on_bytes=done.append)
+        assert sum(done) == result.bytes_read, (name, to)
+        assert result.bytes_written == sum(p.stat().st_size for p in (tmp_path / f"{name}-{to}").iterdir())
+        assert read_raw(tmp_path / f"{name}-{to}")
