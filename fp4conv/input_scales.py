@@ -76,7 +76,7 @@ def input_scales_for(
     if wanted.mode is InputScaleMode.CONSTANT:
         return dict.fromkeys(modules, _f32(1.0)), []
     if wanted.mode is InputScaleMode.FILE:
-        return _from_amax(modules, wanted.amax or {}), []
+        return _from_amax(modules, wanted.amax or {}), _unused(model, chosen, wanted.amax or {})
     if not stored:
         return {}, []
     if wanted.mode is InputScaleMode.NONE or not takes:
@@ -106,6 +106,27 @@ def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, T
         key = _set_key(module)
         largest[key] = max(largest.get(key, 0.0), given[module])
     return {module: _f32(largest[_set_key(module)] / NVFP4_AMAX_DIVISOR) for module in modules}
+
+
+def _unused(model: Model, chosen: frozenset[str], amax: Mapping[str, float]) -> list[str]:
+    """A note on values of modules that stay dense. Raises PlanError for a module that the model has not."""
+    suffixes = (_INPUT_AMAX, *_KV)
+    quantized = {weight.module: weight.name in chosen for weight in model.weights if weight.is_matrix}
+    unused = []
+    for name in amax:
+        suffix = next(suffix for suffix in suffixes if name.endswith(suffix))
+        module = name.removesuffix(suffix)
+        if module not in quantized:
+            raise PlanError(
+                f"the file has {name}, but the model has no such module",
+                where=module,
+                hint="was another model calibrated? List the modules with: fp4conv inspect SRC --headers-only",
+            )
+        if suffix == _INPUT_AMAX and not quantized[module]:
+            unused.append(module)
+    return (
+        [f"the input amax of {len(unused)} modules that are not quantised is left out ({unused[0]})"] if unused else []
+    )
 
 
 def _set_key(module: str) -> str:
