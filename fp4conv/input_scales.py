@@ -21,6 +21,7 @@ from fp4conv.formats import E4M3, NVFP4, NVFP4_AMAX_DIVISOR
 from fp4conv.layouts import Layout
 from fp4conv.layouts.parts import Part
 from fp4conv.model import Model
+from fp4conv.plan import Origin, ScaleOf
 from fp4conv.safetensors_io import Reader, TensorRef, TensorSpec, read_header
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -66,9 +67,9 @@ class InputScales:
 
 def input_scales_for(
     model: Model, chosen: frozenset[str], wanted: InputScales, layout: Layout
-) -> tuple[dict[str, TensorRef | bytes], list[str]]:
+) -> tuple[dict[str, Origin], list[str]]:
     """Module -> its input scale (stored, or F32 bytes) for every chosen weight, or nothing; and warnings."""
-    stored = {_module(name): ref for name, ref in model.calibration.items() if name.endswith("input_scale")}
+    stored = _stored(model)
     modules = [weight.module for weight in model.weights if weight.name in chosen]
     takes = NVFP4.name in layout.formats
     if wanted.mode in (InputScaleMode.CONSTANT, InputScaleMode.FILE) and not takes:
@@ -97,7 +98,24 @@ def input_scales_for(
     return {module: stored[module] for module in modules}, notes
 
 
-def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, TensorRef | bytes]:
+def _stored(model: Model) -> dict[str, Origin]:
+    """Module -> its input scale as stored, or from the amax that training froze: the largest of its set."""
+    scales: dict[str, Origin] = {
+        _module(name): ref for name, ref in model.calibration.items() if name.endswith("input_scale")
+    }
+    modules = {weight.name: weight.module for weight in model.weights}
+    amax: dict[str, dict[str, TensorRef]] = {}
+    for name, how in model.trained.items():
+        if how.input_amax is not None:
+            amax.setdefault(_set_key(modules[name]), {})[how.input_amax.name] = how.input_amax
+    for name, how in model.trained.items():
+        if how.input_amax is not None:
+            refs = tuple(amax[_set_key(modules[name])].values())
+            scales[modules[name]] = ScaleOf(refs, NVFP4_AMAX_DIVISOR)
+    return scales
+
+
+def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, Origin]:
     given = {name.removesuffix(_INPUT_AMAX): value for name, value in amax.items() if name.endswith(_INPUT_AMAX)}
     largest: dict[str, float] = {}
     for module in modules:
@@ -134,14 +152,12 @@ def _set_key(module: str) -> str:
     return _EXPERT.sub(".experts.*.", shared_set_of(module) or module)
 
 
-def kv_scale_parts(
-    model: Model, wanted: InputScales, layout: Layout
-) -> tuple[list[tuple[Part, TensorRef | bytes]], list[str]]:
+def kv_scale_parts(model: Model, wanted: InputScales, layout: Layout) -> tuple[list[tuple[Part, Origin]], list[str]]:
     """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
     scalar = TensorSpec("F32", ())
     stored = [ref for name, ref in model.calibration.items() if name.endswith(tuple(_KV.values()))]
     if wanted.mode is InputScaleMode.FILE and wanted.amax:
-        made: list[tuple[Part, TensorRef | bytes]] = []
+        made: list[tuple[Part, Origin]] = []
         for name, value in wanted.amax.items():
             for suffix, scale in _KV.items():
                 if name.endswith(suffix):
@@ -149,6 +165,9 @@ def kv_scale_parts(
                         (Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value))
                     )
         return made, []
+    from_training = [(name, ScaleOf((ref,), E4M3.max_value)) for name, ref in model.trained_kv.items()]
+    if from_training and NVFP4.name in layout.formats and wanted.mode is not InputScaleMode.NONE:
+        return [(Part("kv_scale", name, scalar), scale) for name, scale in from_training], []
     if stored and NVFP4.name not in layout.formats:
         return [], [f"{len(stored)} FP8 KV-cache scales are left out: the {layout.name} layout has no place for them"]
     return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored], []

@@ -137,8 +137,24 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """How the forward pass of quantisation-aware training saw a weight.
+
+    `amax`, `input_amax`: scalars that calibration froze (NVFP4); None where scales follow from the values (MXFP4)
+    or inputs were not quantised.
+    """
+
+    format_name: str
+    amax: TensorRef | None = None
+    input_amax: TensorRef | None = None
+
+
+@dataclass(frozen=True)
 class Model:
-    """A parsed checkpoint. `calibration`: scale tensors that belong to activations (input_scale, k_scale, v_scale)."""
+    """A parsed checkpoint. `calibration`: scale tensors that belong to activations (input_scale, k_scale, v_scale).
+
+    `trained`: weight name -> how training quantised it; `trained_kv`: name of an FP8 KV scale -> its amax.
+    """
 
     source: Source
     family: Family
@@ -146,6 +162,8 @@ class Model:
     weights: tuple[Weight, ...]
     config: Mapping[str, JSON]
     calibration: Mapping[str, TensorRef] = field(default_factory=dict)
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    trained_kv: Mapping[str, TensorRef] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import TypeAlias
 
 from fp4conv.errors import PlanError
 from fp4conv.formats import ScaleRule, Ties
@@ -41,13 +42,25 @@ _BY_ROWS = (Action.QUANTIZE, Action.DEQUANTIZE, Action.TRANSCODE, Action.REBLOCK
 
 
 @dataclass(frozen=True)
+class ScaleOf:
+    """An F32 scale that follows from scalars of the source: the largest of `amax` divided by `divisor`."""
+
+    amax: tuple[TensorRef, ...]
+    divisor: float
+
+
+# Copied from there, these bytes, computed from those scalars, or (None) what the step's kernel makes.
+Origin: TypeAlias = TensorRef | bytes | ScaleOf | None
+
+
+@dataclass(frozen=True)
 class Output:
-    """One tensor of the result at its place. `origin`: copied from there, or these bytes, or (None) computed."""
+    """One tensor of the result at its place."""
 
     part: Part
     file: str
     offset: int
-    origin: TensorRef | bytes | None = None
+    origin: Origin = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class Step:
     """All that is written of one weight (or of one calibration tensor, then `weight` is None).
 
     `group` names the weights that share a tensor scale with this one; it is set where that scale has to be
-    found first. `target`: the block format or dense dtype of the result, in lower case.
+    found first. `target`: the block format or dense dtype of the result, in lower case. `amax`: the largest
+    magnitude that training froze, which then decides the tensor scale rather than the values.
     """
 
     key: str
@@ -64,6 +78,7 @@ class Step:
     target: str
     weight: Weight | None = None
     group: str | None = None
+    amax: TensorRef | None = None
 
     @property
     def computed(self) -> tuple[Output, ...]:
@@ -77,6 +92,11 @@ class Step:
     @property
     def bytes_written(self) -> int:
         return sum(output.part.spec.nbytes for output in self.outputs)
+
+    @property
+    def scan_bytes(self) -> int:
+        """Bytes read beforehand to find the tensor scale."""
+        return self.weight.nbytes if self.group and self.weight and self.amax is None else 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +156,7 @@ class Plan:
     @property
     def scan_bytes(self) -> int:
         """Bytes read beforehand to find tensor scales."""
-        return sum(step.weight.nbytes for step in self.steps if step.group and step.weight)
+        return sum(step.scan_bytes for step in self.steps)
 
     def count(self, *actions: Action) -> int:
         return sum(step.action in actions for step in self.steps)
@@ -151,7 +171,8 @@ class Plan:
             digest.update(name.encode() + b"\0" + shard.header)
         for step in self.steps:
             literals = [o.origin.hex() for o in step.outputs if isinstance(o.origin, bytes)]
-            digest.update(json.dumps([step.key, step.action, step.target, step.group, literals]).encode())
+            amax = step.amax.name if step.amax else None
+            digest.update(json.dumps([step.key, step.action, step.target, step.group, literals, amax]).encode())
         for file in self.files:
             digest.update(file.name.encode() + b"\0" + (file.content or b""))
         return digest.hexdigest()
@@ -177,6 +198,8 @@ def bytes_per_row(step: Step) -> int:
     held += sum(output.part.spec.nbytes for output in step.computed)
     if _needs_f32(step, weight):
         held += 4 * weight.elements
+    if step.amax is not None:  # the comparison with training's forward pass: two decodings and a float64 difference
+        held += 17 * weight.elements
     return max(1, held // (weight.matrices * weight.n))
 
 

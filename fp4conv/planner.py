@@ -19,10 +19,11 @@ from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_parts
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
 from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, Model, Stored, Weight
-from fp4conv.plan import Action, Output, Plan, PlannedFile, Step
+from fp4conv.plan import Action, Origin, Output, Plan, PlannedFile, Step
 from fp4conv.safetensors_io import ShardLayout, TensorRef, TensorSpec, lay_out
 from fp4conv.selection import Selection, select
 from fp4conv.servers import Artifact, Verdict, verdicts
+from fp4conv.training_rules import default_rule, frozen_amax, training_notes
 from fp4conv.version import __version__
 
 DENSE_TARGETS = tuple(dtype.lower() for dtype in FLOAT_DTYPES)
@@ -50,10 +51,11 @@ class Draft:
 
     key: str
     action: Action
-    parts: tuple[tuple[Part, TensorRef | bytes | None], ...]
+    parts: tuple[tuple[Part, Origin], ...]
     target: str
     weight: Weight | None = None
     group: str | None = None
+    amax: TensorRef | None = None
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +72,7 @@ def make_plan(model: Model, options: Options) -> Plan:
         )
     scales, notes = input_scales_for(model, chosen, options.input_scales, layout)
     kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout)
-    goal = _Goal(model, options.to, target, layout, chosen, scales, bool(kv_scales))
+    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales))
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
@@ -80,7 +82,8 @@ def make_plan(model: Model, options: Options) -> Plan:
     companions, left_out = companion_files(model.source, config)
     servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
-    warnings = (*model.warnings, *notes, *kv_notes, *_notes(goal, drafts), *left_out)
+    training = training_notes(model, target, rule, options.ties)
+    warnings = (*model.warnings, *training, *notes, *kv_notes, *_notes(goal, drafts), *left_out)
     files = (*_generated(config, shards), *companions)
     return Plan(
         model, options.to, layout.name, rule, options.ties, steps, shards, files, servers, warnings, __version__
@@ -95,8 +98,9 @@ class _Goal:
     to: str
     target: BlockFormat | None
     layout: Layout
+    rule: ScaleRule | None
     chosen: frozenset[str]
-    scales: Mapping[str, TensorRef | bytes]
+    scales: Mapping[str, Origin]
     kv_scales: bool
 
 
@@ -116,7 +120,7 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
         if options.rule is not None:
             raise UsageError(f"--scale-rule chooses scales of four-bit formats; --to {options.to} has none")
         return None, layout, None
-    rule = options.rule or ScaleRule.MSE
+    rule = options.rule or default_rule(model, target)
     if rule not in target.rules:
         choices = ", ".join(choice.value for choice in target.rules)
         raise UsageError(f"--scale-rule {rule.value} is not a rule of {target.name}; choose one of {choices}")
@@ -128,7 +132,7 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
 
 def _draft(goal: _Goal, weight: Weight) -> Draft:
     if goal.target is not None and weight.name in goal.chosen:
-        return _draft_quantized(weight, goal.target, goal.layout, goal.scales.get(weight.module))
+        return _draft_quantized(goal, weight, goal.target)
     main = goal.model.main_dtype
     if isinstance(weight.value, Decoded):
         dtype = main if goal.target is not None else goal.to.upper()
@@ -145,13 +149,13 @@ def _dense_part(weight: Weight, dtype: str) -> Part:
     return Part(PACKED, weight.name, TensorSpec(dtype, weight.shape), weight.kn)
 
 
-def _draft_quantized(
-    weight: Weight, target: BlockFormat, layout: Layout, input_scale: TensorRef | bytes | None
-) -> Draft:
-    parts = layout.place(weight, input_scale is not None)
+def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
+    input_scale = goal.scales.get(weight.module)
+    parts = goal.layout.place(weight, input_scale is not None)
     value = weight.value
-    origins: dict[str, TensorRef | bytes | None] = {INPUT_SCALE: input_scale}
+    origins: dict[str, Origin] = {INPUT_SCALE: input_scale}
     group: str | None = None
+    amax: TensorRef | None = None
     if isinstance(value, Stored):
         action = Action.QUANTIZE
     elif value.format_name != target.name:
@@ -163,9 +167,11 @@ def _draft_quantized(
         if action is Action.COPY:
             origins[BLOCK_SCALE] = value.block_scale
     if target.tensor_scale and action in (Action.QUANTIZE, Action.TRANSCODE):
+        assert goal.rule is not None
         group = shared_set_of(weight.module) or weight.module
+        amax = frozen_amax(goal.model, weight, target, goal.rule)
     placed = tuple((part, origins.get(part.kind)) for part in parts)
-    return Draft(weight.name, action, placed, target.name, weight, group)
+    return Draft(weight.name, action, placed, target.name, weight, group, amax)
 
 
 def _check_groups(drafts: Sequence[Draft]) -> None:
@@ -204,7 +210,7 @@ def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, .
         offsets = {ref.name: ref.offset for ref in layouts[file].tensors}
         for draft in members:
             outputs = tuple(Output(part, file, offsets[part.name], origin) for part, origin in draft.parts)
-            steps.append(Step(draft.key, draft.action, outputs, draft.target, draft.weight, draft.group))
+            steps.append(Step(draft.key, draft.action, outputs, draft.target, draft.weight, draft.group, draft.amax))
     return tuple(steps), layouts
 
 

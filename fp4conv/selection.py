@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.families import EXCLUDED, SCOPES, shared_set_of
-from fp4conv.formats import BlockFormat
+from fp4conv.formats import BLOCK_FORMATS, BlockFormat
 from fp4conv.layouts import Layout
 from fp4conv.model import Decoded, Model, Weight
 
@@ -29,13 +29,15 @@ class Selection:
 def select(model: Model, target: BlockFormat, layout: Layout, selection: Selection) -> frozenset[str]:
     """Names of the weights that the result holds in `target`.
 
-    Without a word from the user: what the source holds in a block format already, else the family's scope.
+    Without a word from the user: what training quantised, else what the source holds in a block format already,
+    else the family's scope.
     Raises UsageError for a glob that matches no matrix, PlanError for what `layout` cannot hold and for a set
     that a server fuses and that would be quantised in part.
     """
     matrices = [weight for weight in model.weights if weight.is_matrix]
     _check_globs(selection, matrices)
     already = frozenset(weight.name for weight in matrices if isinstance(weight.value, Decoded))
+    told = already or frozenset(name for name, how in model.trained.items() if how.format_name in BLOCK_FORMATS)
     scope = SCOPES[selection.scope or model.family.scope]
     chosen = set()
     for weight in matrices:
@@ -43,8 +45,8 @@ def select(model: Model, target: BlockFormat, layout: Layout, selection: Selecti
             continue
         if _matches(weight.module, selection.include):
             chosen.add(weight.name)
-        elif already and selection.scope is None:
-            if weight.name in already:
+        elif told and selection.scope is None:
+            if weight.name in told:
                 chosen.add(weight.name)
         elif weight.role in scope and weight.role not in EXCLUDED:
             chosen.add(weight.name)

@@ -22,6 +22,7 @@ FLOORS = {
     "version": 0,
     "kernels": 1,
     "codecs": 2,
+    "modelopt_state": 2,
     "safetensors_io": 2,
     "families": 3,
     "lora": 3,

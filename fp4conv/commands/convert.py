@@ -8,7 +8,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TypedDict, TypeVar
@@ -17,9 +17,10 @@ from fp4conv.errors import UsageError
 from fp4conv.formats import ScaleRule, Ties
 from fp4conv.input_scales import InputScaleMode, InputScales
 from fp4conv.layouts import parse
+from fp4conv.pipeline.results import StepResult
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
-from fp4conv.report.converted import ConvertResult
+from fp4conv.report.converted import ConvertResult, ForwardDifference
 from fp4conv.selection import Selection
 from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
@@ -90,7 +91,7 @@ def convert(
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
     if on_plan:
         on_plan(plan)
-    from fp4conv.pipeline import run  # compiled kernels: only a run pays for them
+    from fp4conv.pipeline.run import run  # compiled kernels: only a run pays for them
 
     with stage(
         Path(destination),
@@ -103,17 +104,7 @@ def convert(
         outcome = run(plan, out, max_memory=memory, workers=threads, progress=on_bytes)
         write_files(plan, out)
         out.commit()
-    nonfinite = {key: r.nonfinite for key, r in outcome.results.items() if r.nonfinite}
-    notes = [f"{count} NaN or Inf values in {key}, copied as they are" for key, count in nonfinite.items()]
-    measured = {s.key: outcome.results[s.key] for s in plan.steps if s.action in (Action.QUANTIZE, Action.TRANSCODE)}
-    return _result(
-        plan,
-        str(destination),
-        seconds=time.monotonic() - started,
-        lossy_blocks=sum(result.lossy_blocks for result in measured.values()),
-        sums={key: (result.signal, result.noise) for key, result in measured.items()},
-        notes=notes,
-    )
+    return _result(plan, str(destination), time.monotonic() - started, outcome.results)
 
 
 def plan_conversion(
@@ -148,7 +139,7 @@ def plan_conversion(
 
 def dry_run_result(plan: Plan, destination: str | Path, seconds: float = 0.0) -> ConvertResult:
     """What `convert` would report of `plan`, with nothing measured."""
-    return _result(plan, str(destination), seconds=seconds, lossy_blocks=0, sums={}, notes=[], dry_run=True)
+    return _result(plan, str(destination), seconds, {}, dry_run=True)
 
 
 def write_files(plan: Plan, out: Staging) -> None:
@@ -205,22 +196,48 @@ def _input_scales(text: str) -> InputScales:
     return InputScales.from_file(path)
 
 
+def _forward_difference(measured: Mapping[str, StepResult]) -> ForwardDifference | None:
+    """How far the export is from training's forward pass, where sets were calibrated apart; None where they were not."""
+    apart = [result for result in measured.values() if "forward_values" in result.counts]
+    if not apart:
+        return None
+    return ForwardDifference(
+        tensors=len(apart),
+        values=sum(result.counts["forward_differs"] for result in apart),
+        of=sum(result.counts["forward_values"] for result in apart),
+        sqnr_db=_total_sqnr([result.sums for result in apart], "forward_signal", "forward_noise"),
+    )
+
+
+def _measured_warnings(measured: Mapping[str, StepResult], forward: ForwardDifference | None) -> list[str]:
+    bad = {key: result.counts["nonfinite"] for key, result in measured.items() if result.counts.get("nonfinite")}
+    notes = [f"{count} NaN or Inf values in {key}, copied as they are" for key, count in bad.items()]
+    if forward is not None:
+        sqnr = "" if forward.sqnr_db is None else f", SQNR {forward.sqnr_db:.2f} dB"
+        notes.append(
+            f"{forward.tensors} weights were calibrated apart from others that servers fuse with them, so they take "
+            f"their set's largest amax: {forward.values:,} of their {forward.of:,} values differ from the forward "
+            f"pass of training{sqnr}. Share the amax of q/k/v and gate/up before training to avoid this"
+        )
+    return notes
+
+
+def _total_sqnr(sums: Iterable[Mapping[str, float]], signal: str, noise: str) -> float | None:
+    pairs = [(each[signal], each[noise]) for each in sums]
+    return sqnr_db(math.fsum(s for s, _ in pairs), math.fsum(n for _, n in pairs))
+
+
 def sqnr_db(signal: float, noise: float) -> float | None:
     """10 log10(signal / noise); None where there is no noise (nothing was lost) or no signal."""
     return 10.0 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
 def _result(
-    plan: Plan,
-    destination: str,
-    *,
-    seconds: float,
-    lossy_blocks: int,
-    sums: Mapping[str, tuple[float, float]],
-    notes: Sequence[str],
-    dry_run: bool = False,
+    plan: Plan, destination: str, seconds: float, results: Mapping[str, StepResult], *, dry_run: bool = False
 ) -> ConvertResult:
-    signal, noise = math.fsum(s for s, _ in sums.values()), math.fsum(n for _, n in sums.values())
+    measured = {step.key: results[step.key] for step in plan.steps if step.key in results}
+    coded = {key: result.sums for key, result in measured.items() if "signal" in result.sums}
+    forward = _forward_difference(measured)
     return ConvertResult(
         source=plan.model.source.name,
         destination=destination,
@@ -232,11 +249,12 @@ def _result(
         bytes_written=plan.total_bytes,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        lossy_blocks=lossy_blocks,
-        sqnr_db=sqnr_db(signal, noise),
-        per_tensor={key: sqnr_db(*pair) for key, pair in sums.items()},
+        lossy_blocks=sum(result.counts.get("lossy_blocks", 0) for result in measured.values()),
+        sqnr_db=_total_sqnr(coded.values(), "signal", "noise"),
+        per_tensor={key: sqnr_db(sums["signal"], sums["noise"]) for key, sums in coded.items()},
+        forward_difference=forward,
         servers=plan.servers,
-        warnings=(*plan.warnings, *notes),
+        warnings=(*plan.warnings, *_measured_warnings(measured, forward)),
         dry_run=dry_run,
     )
 

@@ -6,6 +6,7 @@ from fp4conv.errors import UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
 from fp4conv.layouts.compressed_tensors import CompressedTensors
+from fp4conv.layouts.fakequant import attach_training
 from fp4conv.layouts.hf import HfDense
 from fp4conv.layouts.modelopt import ModelOpt
 from fp4conv.layouts.openai import OpenAI
@@ -23,7 +24,8 @@ def parse(source: Source) -> Model:
     config = source.json("config.json")
     notes = () if config is not None else ("there is no config.json: no program knows what model these tensors are",)
     warnings = (*source.warnings, *parsed.warnings, *notes)
-    return Model(source, family, layout.name, weights, config or {}, parsed.calibration, warnings)
+    model = Model(source, family, layout.name, weights, config or {}, parsed.calibration, warnings=warnings)
+    return attach_training(model, source)
 
 
 def layout_named(name: str) -> Layout:

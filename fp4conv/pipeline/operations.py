@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +24,41 @@ from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
 
 @dataclass(frozen=True)
 class TensorScale:
-    """The scale of a set: `value`, and `exponent` where it is a power of two chosen for MXFP4 sources."""
+    """The scale of a set: `value`, and `exponent` where it is a power of two chosen for MXFP4 sources.
+
+    `trained`: step -> the scale that its own frozen amax gives, which training's forward pass used.
+    """
 
     value: float
     exponent: int | None = None
+    trained: Mapping[str, float] = field(default_factory=dict)
+
+
+# What one piece counted, by the names in StepResult.
+Counts: TypeAlias = Mapping[str, int]
 
 
 @dataclass
 class Progress:
-    """What is known of a step while its units are worked on; merged under the run's lock."""
+    """What is known of a step while its units are worked on; merged under the run's lock.
 
-    signal: npt.NDArray[np.float64] | None = None
-    noise: npt.NDArray[np.float64] | None = None
-    lossy_blocks: int = 0
-    nonfinite: int = 0
+    `sums`: what is summed over values, a float64 array [rows of all matrices] each, of which a unit fills its own
+    rows: 'signal', 'noise'; 'forward_signal', 'forward_noise' against training's forward pass.
+    """
+
+    rows: int = 0
+    sums: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     remaining: int = 0
+
+    def row_sums(self, name: str, unit: Unit) -> npt.NDArray[np.float64]:
+        """The unit's rows of the sum `name`, to be filled in."""
+        weight = unit.step.weight
+        assert weight is not None
+        held = self.sums.get(name)
+        if held is None:
+            held = self.sums.setdefault(name, np.zeros(self.rows))  # atomic: two workers get the same array
+        return held[unit.index * weight.n + unit.n0 : unit.index * weight.n + unit.n1]
 
 
 @dataclass(frozen=True)
@@ -49,12 +71,12 @@ class Bench:
     scales: dict[str, TensorScale] = field(default_factory=dict)
 
 
-def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch) -> tuple[int, int]:
-    """Do one piece. Returns (lossy blocks, values that are not finite)."""
+def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch) -> Counts:
+    """Do one piece: read, one kernel, write."""
     if isinstance(piece, Span):
         copied = isinstance(piece.step.outputs[piece.output].origin, TensorRef)
-        return 0, (_copy if copied else _cast)(bench, piece, scratch)
-    return _BY_ACTION[piece.step.action](bench, piece, progress, scratch), 0
+        return {"nonfinite": (_copy if copied else _cast)(bench, piece, scratch)}
+    return _BY_ACTION[piece.step.action](bench, piece, progress, scratch)
 
 
 # ---- value by value
@@ -94,7 +116,7 @@ def _read_span(bench: Bench, ref: TensorRef, span: Span, scratch: Scratch) -> Ar
 # ---- rows of matrices
 
 
-def _quantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+def _quantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
     return _encode(bench, unit, _dense_rows(bench, unit, scratch), progress, scratch)
 
 
@@ -112,19 +134,42 @@ def _dense_rows(bench: Bench, unit: Unit, scratch: Scratch) -> Rows:
     return Rows(values, weight.kn)  # type: ignore[arg-type]
 
 
-def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: Scratch) -> int:
+def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: Scratch) -> Counts:
     step, plan = unit.step, bench.plan
     assert plan.rule is not None
-    scale = bench.scales[step.group].value if step.group else 1.0
+    scale = bench.scales[step.group] if step.group else TensorScale(1.0)
+    coding = Coding(plan.rule, plan.ties, scale.value)
     outputs, codes = _codes_out(step, unit, scratch)
-    bad = codec_named(step.target).encode(rows, Coding(plan.rule, plan.ties, scale), codes, _tally(progress, unit))
+    bad = codec_named(step.target).encode(rows, coding, codes, _tally(progress, unit))
     if bad >= 0:
         refuse_nonfinite(_weight(step), position(unit, bad))
     _write_codes(bench, outputs, codes, unit)
-    return 0
+    trained = scale.trained.get(step.key, scale.value)
+    if trained == scale.value:
+        return {}
+    return compare_with_forward(unit, rows, codes, replace(coding, tensor_scale=trained), scale.value, progress)
 
 
-def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+def compare_with_forward(
+    unit: Unit, rows: Rows, codes: Codes, forward: Coding, tensor_scale: float, progress: Progress
+) -> Counts:
+    """Count the values of `codes` that differ from those of training's forward pass, which coded by `forward`."""
+    codec = codec_named(unit.step.target)
+    shape = (rows.array.shape[1], rows.array.shape[0]) if rows.kn else rows.array.shape
+    own = Codes(np.empty_like(codes.packed), np.empty_like(codes.block_scale), codes.kn)
+    codec.encode(rows, forward, own, Tally(np.empty(shape[0]), np.empty(shape[0])))
+    exported, trained = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    codec.decode(codes, tensor_scale, Rows(exported))
+    codec.decode(own, forward.tensor_scale, Rows(trained))
+    differs = int(np.count_nonzero(exported != trained))
+    difference = exported.astype(np.float64)
+    difference -= trained
+    progress.row_sums("forward_noise", unit)[:] = np.square(difference, out=difference).sum(axis=1)
+    progress.row_sums("forward_signal", unit)[:] = np.square(trained, dtype=np.float64).sum(axis=1)
+    return {"forward_differs": differs, "forward_values": exported.size}
+
+
+def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
     output = unit.step.computed[0]
     dtype, weight = output.part.spec.dtype, _weight(unit.step)
     out = scratch.array("out", rows_shape(weight, weight.elements, output.part.kn, unit), dtype)
@@ -137,7 +182,7 @@ def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) 
             n, k = (column, row) if output.part.kn else (row, column)
             _refuse_overflow(weight, position(unit, n * weight.k + k), float(decoded.reshape(-1)[bad]), dtype)
     write_rows(bench.writers, output, unit, out)
-    return 0
+    return {}
 
 
 def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
@@ -157,7 +202,7 @@ def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
         )
 
 
-def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
     """Between block formats: MXFP4 -> NVFP4 in closed form, everything else by way of F32 values."""
     step, weight = unit.step, _weight(unit.step)
     exponent = bench.scales[step.group].exponent if step.group else None
@@ -180,10 +225,10 @@ def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -
     if lossy < 0:
         refuse_nonfinite(weight, position(unit, -1 - lossy))
     _write_codes(bench, outputs, codes, unit)
-    return lossy
+    return {"lossy_blocks": lossy}
 
 
-def _reblock(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> int:
+def _reblock(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
     """NVFP4 in blocks of 32 as blocks of 16: every block scale twice along K. The codes are copied as spans."""
     weight, output = _weight(unit.step), unit.step.computed[0]
     value = weight.value
@@ -191,10 +236,10 @@ def _reblock(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> 
     scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
     repeated = np.repeat(scales, value.block // value.format.block, axis=0 if value.kn else 1)
     write_rows(bench.writers, output, unit, np.ascontiguousarray(repeated))
-    return 0
+    return {}
 
 
-_BY_ACTION: Mapping[Action, Callable[[Bench, Unit, Progress, Scratch], int]] = {
+_BY_ACTION: Mapping[Action, Callable[[Bench, Unit, Progress, Scratch], Counts]] = {
     Action.QUANTIZE: _quantize,
     Action.DEQUANTIZE: _dequantize,
     Action.TRANSCODE: _transcode,
@@ -233,11 +278,7 @@ def _write_codes(bench: Bench, outputs: Mapping[str, Output], codes: Codes, unit
 
 
 def _tally(progress: Progress, unit: Unit) -> Tally:
-    assert progress.signal is not None
-    assert progress.noise is not None
-    n = _weight(unit.step).n
-    rows = slice(unit.index * n + unit.n0, unit.index * n + unit.n1)
-    return Tally(progress.signal[rows], progress.noise[rows])
+    return Tally(progress.row_sums("signal", unit), progress.row_sums("noise", unit))
 
 
 def stored_tensor_scale(reader: Reader, value: Decoded) -> float:

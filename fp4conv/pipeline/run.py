@@ -8,35 +8,26 @@ the source's bytes are still in the page cache when they are read the second tim
 from __future__ import annotations
 
 import math
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-
 from fp4conv.layouts.parts import TENSOR_SCALE
 from fp4conv.model import JSON
 from fp4conv.pipeline.matrices import Scratch
-from fp4conv.pipeline.operations import Bench, Progress, TensorScale, work
+from fp4conv.pipeline.operations import Bench, Counts, Progress, TensorScale, work
+from fp4conv.pipeline.results import StepResult
+from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
-from fp4conv.plan import Action, Plan, Span, Step, Unit, block_budget, units
+from fp4conv.plan import Plan, ScaleOf, Span, Step, Unit, block_budget, units
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
 from fp4conv.staging import Staging
 
 CHECKPOINT_SECONDS = 2.0
 _SCALE_KEY = "tensor scale of "
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step's kernels measured: sums over all values of x^2 and (x - decoded)^2, where it quantised."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    lossy_blocks: int = 0
-    nonfinite: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,8 @@ class _Runner:
             if key.startswith(_SCALE_KEY):
                 scales[key.removeprefix(_SCALE_KEY)] = _scale_from(payload)
             else:
-                self.results[key] = _result_from(payload)
-        to_scan = sum(s.weight.nbytes for s in self._todo if s.weight and s.group and s.group not in scales)
+                self.results[key] = StepResult.from_payload(payload)
+        to_scan = sum(step.scan_bytes for step in self._todo if step.group not in scales)
         self._advance(plan.bytes_read - sum(step.bytes_read for step in self._todo) - to_scan)
 
     # ---- the order of work
@@ -134,12 +125,10 @@ class _Runner:
     def _step_tasks(self, steps: Sequence[Step]) -> Iterator[_Task]:
         for step in steps:
             pieces = list(units(step, self._budget))
-            state = self._states[step.key] = Progress(remaining=max(1, len(pieces)))
-            if step.weight and step.action in (Action.QUANTIZE, Action.TRANSCODE):
-                rows = step.weight.matrices * step.weight.n
-                state.signal, state.noise = np.zeros(rows), np.zeros(rows)
+            rows = step.weight.matrices * step.weight.n if step.weight and step.weight.is_matrix else 0
+            state = self._states[step.key] = Progress(rows, remaining=max(1, len(pieces)))
             if not pieces:  # a tensor without elements, or one whose bytes the plan knows
-                self._complete_piece(step, state, 0, 0)
+                self._complete_piece(step, state, {})
             yield from (_Task(piece) for piece in pieces)
 
     # ---- threads
@@ -201,31 +190,33 @@ class _Runner:
                 if self._stop.is_set():
                     return
             state = self._states[step.key]
-            lossy, nonfinite = work(self._bench, task.piece, state, scratch)
+            counts = work(self._bench, task.piece, state, scratch)
             with self._lock:
-                self._complete_piece(step, state, lossy, nonfinite)
+                self._complete_piece(step, state, counts)
         self._advance(_source_bytes(task))
 
-    def _complete_piece(self, step: Step, state: Progress, lossy: int, nonfinite: int) -> None:
+    def _complete_piece(self, step: Step, state: Progress, counts: Counts) -> None:
         """Count one piece as done; after the last one, write what is left of the step and record it. Needs the lock."""
-        state.lossy_blocks += lossy
-        state.nonfinite += nonfinite
+        state.counts.update(counts)
         state.remaining -= 1
         if state.remaining:
             return
         self._write_known(step)
-        result = StepResult(_total(state.signal), _total(state.noise), state.lossy_blocks, state.nonfinite)
+        # fsum rounds once, so the order in which rows were done does not show
+        result = StepResult({name: math.fsum(rows.tolist()) for name, rows in state.sums.items()}, dict(state.counts))
         self.results[step.key] = result
         del self._states[step.key]
-        self._out.record(step.key, _result_payload(result))
+        self._out.record(step.key, result.payload())
 
     def _write_known(self, step: Step) -> None:
         """The bytes that the plan knows, and the tensor scale that the scan found."""
         for output in step.outputs:
             content = output.origin if isinstance(output.origin, bytes) else None
+            if isinstance(output.origin, ScaleOf):
+                content = f32_bytes(scale_of(self._bench, output.origin))
             if output.part.kind == TENSOR_SCALE and output.origin is None:
                 assert step.group is not None
-                content = np.float32(self._bench.scales[step.group].value).astype("<f4").tobytes()
+                content = f32_bytes(self._bench.scales[step.group].value)
             if content is not None:
                 self._bench.writers[output.file].write(output.offset, content)
 
@@ -241,34 +232,23 @@ def _source_bytes(task: _Task) -> int:
     return step.weight.nbytes * (piece.n1 - piece.n0) // (step.weight.matrices * step.weight.n)
 
 
-def _total(rows: np.ndarray[tuple[int], np.dtype[np.float64]] | None) -> float:
-    """The sum of the rows' sums, rounded once: the same whatever the order."""
-    return 0.0 if rows is None else math.fsum(rows.tolist())
+def f32_bytes(value: float) -> bytes:
+    return struct.pack("<f", value)
 
 
 # ---- the journal's payloads; float.hex keeps every bit
 
 
 def _scale_payload(scale: TensorScale) -> dict[str, JSON]:
-    return {"value": scale.value.hex(), "exponent": scale.exponent}
+    trained: dict[str, JSON] = {key: value.hex() for key, value in scale.trained.items()}
+    return {"value": scale.value.hex(), "exponent": scale.exponent, "trained": trained}
 
 
 def _scale_from(payload: Mapping[str, JSON]) -> TensorScale:
-    exponent = payload["exponent"]
-    return TensorScale(float.fromhex(str(payload["value"])), exponent if isinstance(exponent, int) else None)
-
-
-def _result_payload(result: StepResult) -> dict[str, JSON]:
-    return {
-        "signal": result.signal.hex(),
-        "noise": result.noise.hex(),
-        "lossy_blocks": result.lossy_blocks,
-        "nonfinite": result.nonfinite,
-    }
-
-
-def _result_from(payload: Mapping[str, JSON]) -> StepResult:
-    lossy, nonfinite = payload["lossy_blocks"], payload["nonfinite"]
-    assert isinstance(lossy, int)
-    assert isinstance(nonfinite, int)
-    return StepResult(float.fromhex(str(payload["signal"])), float.fromhex(str(payload["noise"])), lossy, nonfinite)
+    exponent, trained = payload["exponent"], payload["trained"]
+    assert isinstance(trained, dict)
+    return TensorScale(
+        float.fromhex(str(payload["value"])),
+        exponent if isinstance(exponent, int) else None,
+        {key: float.fromhex(str(value)) for key, value in trained.items()},
+    )

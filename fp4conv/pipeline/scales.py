@@ -17,6 +17,7 @@ from fp4conv.kernels.window import choose_window, new_window_counts
 from fp4conv.model import Decoded, Stored, Weight
 from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
 from fp4conv.pipeline.operations import Bench, TensorScale, decode, refuse_nonfinite
+from fp4conv.pipeline.scalars import frozen_amax
 from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
 from fp4conv.safetensors_io import DTYPE_BYTES
 
@@ -29,7 +30,7 @@ class Scan:
         self.steps = steps
         self.ready = threading.Event()
         self._closed_form = all(isinstance(_weight(step).value, Decoded) for step in steps)
-        self._amax = 0.0
+        self._amax: dict[str, float] = dict.fromkeys((step.key for step in steps), 0.0)
         self._starts, self._ends = new_window_counts()
         self._pieces = tuple(piece for step in steps for piece in _scan_pieces(step, budget))
         self._remaining = len(self._pieces)
@@ -40,19 +41,20 @@ class Scan:
 
     def look(self, bench: Bench, piece: Unit | Span, scratch: Scratch) -> TensorScale | None:
         """Take one piece into account. Returns the scale after the last one."""
-        if isinstance(piece, Span):
+        step = piece.step
+        amax = 0.0
+        if step.amax is not None:
+            amax = frozen_amax(bench, step.amax)
+        elif isinstance(piece, Span):
             amax = _dense_amax(bench, piece, scratch)
-            with self._lock:
-                self._amax = max(self._amax, amax)
         elif self._closed_form:
             self._count_windows(bench, piece, scratch)
         else:
-            between = scratch.array("f32", (piece.n1 - piece.n0, _weight(piece.step).k), "F32")
+            between = scratch.array("f32", (piece.n1 - piece.n0, _weight(step).k), "F32")
             decode(bench, piece, Rows(between), scratch)  # type: ignore[arg-type]
             amax, _ = compiled.amax(between)  # type: ignore[arg-type]
-            with self._lock:
-                self._amax = max(self._amax, amax)
         with self._lock:
+            self._amax[step.key] = max(self._amax[step.key], amax)
             self._remaining -= 1
             return self._scale(bench) if self._remaining == 0 else None
 
@@ -73,8 +75,10 @@ class Scan:
         if self._closed_form:
             exponent, _ = choose_window(self._starts, self._ends)
             return TensorScale(2.0**exponent, exponent)
-        assert bench.plan.rule is not None
-        return TensorScale(tensor_scale(self._amax, bench.plan.rule))
+        rule = bench.plan.rule
+        assert rule is not None
+        trained = {step.key: tensor_scale(self._amax[step.key], rule) for step in self.steps if step.amax}
+        return TensorScale(tensor_scale(max(self._amax.values()), rule), trained=trained)
 
 
 def _weight(step: Step) -> Weight:
@@ -84,6 +88,9 @@ def _weight(step: Step) -> Weight:
 
 def _scan_pieces(step: Step, budget: int) -> Iterator[Unit | Span]:
     weight = _weight(step)
+    if step.amax is not None or not weight.elements:
+        yield Span(step, 0, 0, 0)
+        return
     if isinstance(weight.value, Decoded):
         yield from matrix_units(step, budget)
         return

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fp4conv.model import JSON
 from fp4conv.servers import Verdict
+
+
+@dataclass(frozen=True)
+class ForwardDifference:
+    """`values` of the `of` values in `tensors` weights are not those of training's forward pass; SQNR against it."""
+
+    tensors: int
+    values: int
+    of: int
+    sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class ConvertResult:
     lossy_blocks: int
     sqnr_db: float | None
     per_tensor: Mapping[str, float | None]
+    forward_difference: ForwardDifference | None
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     dry_run: bool = False
@@ -48,6 +59,7 @@ class ConvertResult:
             "lossy_blocks": self.lossy_blocks,
             "sqnr_db": self.sqnr_db,
             "per_tensor": dict(self.per_tensor),
+            "forward_difference": asdict(self.forward_difference) if self.forward_difference else None,
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
             "dry_run": self.dry_run,

@@ -1,0 +1,37 @@
+"""What a step's kernels measured, and its form in the journal. Imports no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fp4conv.model import JSON
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step's kernels measured.
+
+    `sums` over all values, each rounded once: 'signal' x^2 and 'noise' (x - decoded)^2 where it quantised;
+    'forward_signal' and 'forward_noise' against the values of training's forward pass where they can differ.
+    `counts`: 'lossy_blocks', 'nonfinite' values copied, 'forward_differs' of 'forward_values'.
+    """
+
+    sums: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def payload(self) -> dict[str, JSON]:
+        """For the journal; float.hex keeps every bit."""
+        sums: dict[str, JSON] = {name: value.hex() for name, value in self.sums.items()}
+        counts: dict[str, JSON] = dict(self.counts)
+        return {"sums": sums, "counts": counts}
+
+    @staticmethod
+    def from_payload(payload: Mapping[str, JSON]) -> StepResult:
+        sums, counts = payload["sums"], payload["counts"]
+        assert isinstance(sums, dict)
+        assert isinstance(counts, dict)
+        return StepResult(
+            {name: float.fromhex(str(value)) for name, value in sums.items()},
+            {name: value for name, value in counts.items() if isinstance(value, int)},
+        )
