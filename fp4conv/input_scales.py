@@ -81,6 +81,8 @@ def input_scales_for(
     if not stored:
         return {}, []
     if wanted.mode is InputScaleMode.NONE or not takes:
+        if not model.calibration:  # those of training: `training_rules` has told of them
+            return {}, []
         return {}, [f"the input scales of {len(stored)} modules are left out: the result has unquantised activations"]
     without = [module for module in modules if module not in stored]
     if without:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
-from fp4conv.model import Model, Weight
+from fp4conv.model import Decoded, Model, Weight
 from fp4conv.safetensors_io import TensorRef
 
 FORWARD_RULES: Mapping[str, ScaleRule] = {MXFP4.name: ScaleRule.RCEIL, NVFP4.name: ScaleRule.AMAX}
@@ -19,6 +19,14 @@ FORWARD_RULES: Mapping[str, ScaleRule] = {MXFP4.name: ScaleRule.RCEIL, NVFP4.nam
 def trained_formats(model: Model) -> frozenset[str]:
     """The block formats that training used for weights."""
     return frozenset(how.format_name for how in model.trained.values() if how.format_name in BLOCK_FORMATS)
+
+
+def taken_as(model: Model) -> str:
+    """What the source was taken for: 'plain bf16', 'bf16 trained for nvfp4', 'mxfp4'."""
+    if formats := trained_formats(model):
+        return f"{model.format_name} trained for {' and '.join(sorted(formats))}"
+    quantized = any(isinstance(weight.value, Decoded) for weight in model.weights)
+    return model.format_name if quantized else f"plain {model.format_name}"
 
 
 def default_rule(model: Model, target: BlockFormat) -> ScaleRule:

@@ -153,3 +153,12 @@ def decode_experts_nvfp4(raw: Raw, stem: str) -> npt.NDArray[np.float64]:
 def decode_experts_mxfp4(raw: Raw, stem: str) -> npt.NDArray[np.float64]:
     """Values [E, K, N] of a fused expert parameter of gpt-oss in MXFP4."""
     return turned(decode_mxfp4(array_of(raw[f"{stem}_blocks"]), array_of(raw[f"{stem}_scales"])))
+
+
+def assert_same_tensors(ours: Raw, theirs: Raw, leaving_out: tuple[str, ...] = ()) -> None:
+    """Names, dtypes, shapes and bytes are equal, but for tensors that end in one of `leaving_out`."""
+    theirs = {name: value for name, value in theirs.items() if not (leaving_out and name.endswith(leaving_out))}
+    assert sorted(ours) == sorted(theirs)
+    for name, (dtype, shape, content) in theirs.items():
+        assert ours[name][:2] == (dtype, shape), name
+        assert ours[name][2] == content, name

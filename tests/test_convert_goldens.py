@@ -15,6 +15,7 @@ from checkpoints import (
     INDEX,
     Raw,
     array_of,
+    assert_same_tensors,
     bf16,
     config_of,
     decode_experts_mxfp4,
@@ -40,15 +41,6 @@ def stems(raw: Raw, suffix: str) -> list[str]:
     found = sorted(name.removesuffix(suffix) for name in raw if name.endswith(suffix))
     assert found
     return found
-
-
-def assert_same_tensors(ours: Raw, theirs: Raw, leaving_out: tuple[str, ...] = ()) -> None:
-    """Names, dtypes, shapes and bytes are equal, but for tensors that end in one of `leaving_out`."""
-    theirs = {name: value for name, value in theirs.items() if not (leaving_out and name.endswith(leaving_out))}
-    assert sorted(ours) == sorted(theirs)
-    for name, (dtype, shape, content) in theirs.items():
-        assert ours[name][:2] == (dtype, shape), name
-        assert ours[name][2] == content, name
 
 
 def assert_same_exclusions(found: Inspected, ours: list[str], theirs: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The documents say what the code does: the CLI reference is what --help prints, links in the documents lead somewhere."""
+"""The documents say what the code does: the CLI reference is what --help prints, local links lead somewhere."""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ FLOORS = {
     "sources": 5,
     "staging": 5,
     "synthetic": 5,
+    "training_rules": 5,
     "pipeline": 6,
     "qat": 6,
     "report": 6,

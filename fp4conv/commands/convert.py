@@ -26,6 +26,7 @@ from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
 from fp4conv.sources import open_source
 from fp4conv.staging import Staging, stage
+from fp4conv.training_rules import taken_as
 
 DEFAULT_MEMORY = "1GB"
 DEFAULT_SHARD = "5GB"
@@ -197,7 +198,7 @@ def _input_scales(text: str) -> InputScales:
 
 
 def _forward_difference(measured: Mapping[str, StepResult]) -> ForwardDifference | None:
-    """How far the export is from training's forward pass, where sets were calibrated apart; None where they were not."""
+    """How far the export is from training's forward pass; None where no set was calibrated apart."""
     apart = [result for result in measured.values() if "forward_values" in result.counts]
     if not apart:
         return None
@@ -240,6 +241,7 @@ def _result(
     forward = _forward_difference(measured)
     return ConvertResult(
         source=plan.model.source.name,
+        source_format=taken_as(plan.model),
         destination=destination,
         format=plan.target,
         layout=plan.layout,

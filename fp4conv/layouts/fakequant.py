@@ -136,8 +136,7 @@ def _targets(quantizer: str, kind: str, names: set[str]) -> Iterator[str]:
                 candidates = [n for n in names if n.startswith(start) and n.endswith(end)]
             yield from (candidate for candidate in candidates if candidate in names)
     elif (found := _MODULE_QUANTIZER.fullmatch(quantizer)) and found["kind"] == kind:
-        if (name := f"{found['module']}.weight") in names:
-            yield name
+        yield from {f"{found['module']}.weight"} & names
 
 
 def _notes(has_state: bool, buffers: Mapping[str, TensorRef], state: Mapping[str, Quantizer]) -> list[str]:

@@ -147,19 +147,20 @@ def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: S
     trained = scale.trained.get(step.key, scale.value)
     if trained == scale.value:
         return {}
-    return compare_with_forward(unit, rows, codes, replace(coding, tensor_scale=trained), scale.value, progress)
+    return _compare_with_forward(unit, rows, codes, (coding, replace(coding, tensor_scale=trained)), progress)
 
 
-def compare_with_forward(
-    unit: Unit, rows: Rows, codes: Codes, forward: Coding, tensor_scale: float, progress: Progress
+def _compare_with_forward(
+    unit: Unit, rows: Rows, codes: Codes, codings: tuple[Coding, Coding], progress: Progress
 ) -> Counts:
-    """Count the values of `codes` that differ from those of training's forward pass, which coded by `forward`."""
+    """Count the values of `codes` that differ from training's forward pass. `codings`: the export's, and training's."""
+    shared, forward = codings
     codec = codec_named(unit.step.target)
     shape = (rows.array.shape[1], rows.array.shape[0]) if rows.kn else rows.array.shape
     own = Codes(np.empty_like(codes.packed), np.empty_like(codes.block_scale), codes.kn)
     codec.encode(rows, forward, own, Tally(np.empty(shape[0]), np.empty(shape[0])))
     exported, trained = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    codec.decode(codes, tensor_scale, Rows(exported))
+    codec.decode(codes, shared.tensor_scale, Rows(exported))
     codec.decode(own, forward.tensor_scale, Rows(trained))
     differs = int(np.count_nonzero(exported != trained))
     difference = exported.astype(np.float64)

@@ -22,7 +22,7 @@ def read_scalar(reader: Reader, ref: TensorRef) -> float:
     stored = np.empty(1, numpy_dtype(ref.spec.dtype))
     reader.read_into(ref.file, ref.offset, stored)
     value = np.empty(1, np.float32)
-    widen(stored, ref.spec.dtype, value)  # type: ignore[arg-type]  # one of the three, as checked above
+    widen(stored, ref.spec.dtype, value)
     return float(value[0])
 
 

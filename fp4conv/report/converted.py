@@ -28,6 +28,7 @@ class ConvertResult:
     """
 
     source: str
+    source_format: str
     destination: str
     format: str
     layout: str
@@ -48,6 +49,7 @@ class ConvertResult:
     def to_json(self) -> dict[str, JSON]:
         return {
             "source": self.source,
+            "source_format": self.source_format,
             "destination": self.destination,
             "format": self.format,
             "layout": self.layout,

@@ -16,6 +16,7 @@ from fp4conv.report.converted import ConvertResult
 from fp4conv.report.facts import Inspected, TensorFacts
 from fp4conv.servers import Verdict
 from fp4conv.sizes import format_size
+from fp4conv.training_rules import taken_as
 
 _VERBS = {
     Action.COPY: "copied as they are",
@@ -52,7 +53,7 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
         actions.add_row("", f"{count:,}", wording, format_size(written[action, target]))
     facts = grid("<", "<")
     model = plan.model
-    kind = f"{model.format_name}, {model.layout} layout, family {model.family.name}"
+    kind = f"{taken_as(model)}, {model.layout} layout, family {model.family.name}"
     rule = f", scale rule {plan.rule.value}" if plan.rule else ""
     twice = f", {format_size(plan.scan_bytes)} of it twice" if plan.scan_bytes else ""
     shards = f"{len(plan.shards):,} shard{'s' if len(plan.shards) > 1 else ''}"
@@ -109,6 +110,7 @@ def inspect_view(found: Inspected, rows: Sequence[TensorFacts]) -> RenderableTyp
 def convert_view(result: ConvertResult) -> RenderableType:
     """What a conversion did: where, how large, how fast, what it cost, and which servers load it."""
     facts = grid("<", "<")
+    facts.add_row("source", f"{result.source}  (taken as {result.source_format})")
     facts.add_row("written", f"{result.destination}  ({result.format}, {result.layout} layout)")
     facts.add_row("tensors", f"{result.converted:,} converted, {result.copied:,} copied")
     rate = result.bytes_read / result.seconds if result.seconds else 0.0
