@@ -194,7 +194,7 @@ def inspect(src: str, headers_only: bool, tensor: str | None, sort: str, as_json
 
     rows = found.tensors if tensor else fold(found.tensors)
     keys = {"format": lambda row: row.format, "bytes": lambda row: -row.bytes, "bits": lambda row: row.bits_per_weight}
-    _print(inspect_view(found, sorted(rows, key=keys[sort]) if sort in keys else rows))
+    _print(inspect_view(found, sorted(rows, key=keys[sort]) if sort in keys else rows, by_layer=sort == "name"))
 
 
 @main.command(epilog=_epilog("fp4conv demo"))

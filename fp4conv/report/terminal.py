@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
@@ -61,7 +62,10 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
     facts.add_row("target", f"{plan.target}, {plan.layout} layout{rule}")
     facts.add_row("reads", format_size(plan.bytes_read) + twice)
     facts.add_row("writes", f"{format_size(plan.total_bytes)} in {shards} and {len(plan.files)} small files")
-    facts.add_row("disk", f"needs {format_size(plan.total_bytes)}, {format_size(free_bytes)} free")
+    disk = Text(f"needs {format_size(plan.total_bytes)}, {format_size(free_bytes)} free")
+    if plan.total_bytes > free_bytes:
+        disk.append(": not enough", style="bold red")
+    facts.add_row("disk", disk)
     facts.add_row("memory", f"at most {format_size(peak_bytes)}")
     return Group(facts, Text(), Text("tensors"), actions, Text(), *servers_view(plan.servers))
 
@@ -89,22 +93,36 @@ def warnings_view(warnings: Iterable[str]) -> list[RenderableType]:
     return [Text.assemble(("warning: ", "yellow"), warning) for warning in warnings]
 
 
-def inspect_view(found: Inspected, rows: Sequence[TensorFacts]) -> RenderableType:
-    """The headline, and a table with a line for each of `rows`."""
+def inspect_view(found: Inspected, rows: Sequence[TensorFacts], *, by_layer: bool) -> RenderableType:
+    """The headline, and a table with a line for each of `rows`; `by_layer` puts them under their layers' names."""
     head = grid("<", "<")
     head.add_row("source", found.source)
     head.add_row("format", f"{found.format}, {found.layout} layout, family {found.family}")
     head.add_row("parameters", f"{found.parameters:,}")
     head.add_row("size", f"{format_size(found.bytes)}, {found.bits_per_weight:.2f} bits a weight")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("tensor", overflow="fold")
     for title in ("format", "shape", "tensors", "size", "bits"):
         table.add_column(title, justify="left" if title == "format" else "right", no_wrap=True)
+    above = ""
     for row in rows:
+        layer, leaf = _layer_and_leaf(row.name) if by_layer else ("", row.name)
+        if layer and layer != above:
+            table.add_row(Text(layer, style="bold"))
+        above = layer
         shape = "x".join(map(str, row.shape)) or "scalar"
-        bits = f"{row.bits_per_weight:.2f}"
-        table.add_row(row.name, row.format, shape, f"{row.count:,}", format_size(row.bytes), bits)
+        cells = (row.format, shape, f"{row.count:,}", format_size(row.bytes), f"{row.bits_per_weight:.2f}")
+        table.add_row(f"  {leaf}" if layer else leaf, *cells)
     return Group(head, table, *warnings_view(found.warnings))
+
+
+_IN_LAYER = re.compile(r"(?P<layer>.*?\blayers?\.(\{[^}]*\}|\d+))\.(?P<leaf>.+)")
+
+
+def _layer_and_leaf(name: str) -> tuple[str, str]:
+    """'model.layers.{0..35}.mlp.up_proj.weight' as ('model.layers.{0..35}', 'mlp.up_proj.weight'), to fit 80 columns."""
+    found = _IN_LAYER.fullmatch(name)
+    return (found["layer"], found["leaf"]) if found else ("", name)
 
 
 def convert_view(result: ConvertResult) -> RenderableType:
