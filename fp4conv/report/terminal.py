@@ -120,7 +120,7 @@ _IN_LAYER = re.compile(r"(?P<layer>.*?\blayers?\.(\{[^}]*\}|\d+))\.(?P<leaf>.+)"
 
 
 def _layer_and_leaf(name: str) -> tuple[str, str]:
-    """'model.layers.{0..35}.mlp.up_proj.weight' as ('model.layers.{0..35}', 'mlp.up_proj.weight'), to fit 80 columns."""
+    """'model.layers.{0..35}.mlp.up_proj.weight' in two, so that the table fits 80 columns."""
     found = _IN_LAYER.fullmatch(name)
     return (found["layer"], found["leaf"]) if found else ("", name)
 
