@@ -25,7 +25,7 @@ from fp4conv.kernels.lanes import (
     tile_of,
 )
 from fp4conv.kernels.quantise import pow2
-from fp4conv.kernels.reference import E4M3_VALUES
+from fp4conv.kernels.small_floats import E4M3_VALUES
 
 CHUNK = 1024  # packed bytes that the row-major path handles at a time
 _E4M3 = E4M3_VALUES.copy()

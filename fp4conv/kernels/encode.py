@@ -19,19 +19,8 @@ from fp4conv.kernels.lanes import (
     tile_count,
     tile_of,
 )
-from fp4conv.kernels.quantise import (
-    INF_BITS,
-    MSE,
-    amax_bits,
-    e8m0_from_amax,
-    nvfp4_scales,
-    pack,
-    quantise_mx,
-    quantise_nv,
-    scale_products,
-    search_e8m0,
-    square_sums,
-)
+from fp4conv.kernels.quantise import INF_BITS, amax_bits, pack, quantise_mx, quantise_nv, square_sums
+from fp4conv.kernels.scales import MSE, e8m0_from_amax, nvfp4_scales, scale_products, search_e8m0
 
 
 @kernel

@@ -29,58 +29,19 @@ from fp4conv.kernels.contract import (
     check_tensor_scale,
     check_transcode,
 )
-from fp4conv.kernels.window import E4M3_EXPONENTS, MAX_SHIFT, WINDOW_OFFSET
+from fp4conv.kernels.small_floats import (
+    E2M1_VALUES,
+    E4M3_ONE,
+    E4M3_VALUES,
+    bf16_to_f32,
+    e2m1_codes,
+    e4m3_from_f32,
+    f32_to_bf16,
+)
+from fp4conv.kernels.window import E4M3_EXPONENTS, WINDOW_OFFSET, valid_shifts
 
-E2M1_VALUES = np.array([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)], dtype=np.float32)
-_MIDPOINTS = (E2M1_VALUES[:7] + E2M1_VALUES[1:8]) / np.float32(2)
-_SEARCH_CHUNK = 1024  # blocks searched at a time: bounds the memory of the brute force
-
-
-def _e4m3_values() -> F32:
-    """The 256 values of E4M3 (OFP8 table 1): bias 7, exponent 0 is subnormal, 0x7F and 0xFF are NaN."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    magnitude = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
-    magnitude[127] = np.nan
-    return np.concatenate([magnitude, -magnitude]).astype(np.float32)
-
-
-E4M3_VALUES = _e4m3_values()
-E4M3_ONE = 0x38
 _POSITIVE_E4M3 = np.arange(1, 127, dtype=np.uint8)
-
-
-# -- single numbers -----------------------------------------------------------------------------
-
-
-def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> F32:
-    """BF16 bits widened to the same values in float32; any shape."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def f32_to_bf16(values: F32) -> npt.NDArray[np.uint16]:
-    """float32 to BF16 bits, roundTiesToEven; a NaN stays a (quiet) NaN of the same sign."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
-    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
-
-
-def e2m1_codes(quotient: F32, ties: Ties) -> npt.NDArray[np.uint8]:
-    """Magnitude codes 0..7 of |quotient|, saturating at 6; any shape."""
-    magnitude = np.abs(quotient)
-    codes = np.zeros(magnitude.shape, dtype=np.uint8)
-    for code, midpoint in enumerate(_MIDPOINTS):
-        up_on_tie = ties is Ties.EVEN and code % 2 == 1
-        codes += (magnitude >= midpoint) if up_on_tie else (magnitude > midpoint)
-    return codes
-
-
-def e4m3_from_f32(values: F32) -> npt.NDArray[np.uint8]:
-    """E4M3 codes of positive values within [2^-9, 448], roundTiesToEven."""
-    step = np.ldexp(np.float32(1), np.maximum(np.frexp(values)[1] - 4, -9)).astype(np.float32)
-    rounded = np.rint(values / step) * step  # a power of two divides exactly; rint rounds ties to even
-    return np.searchsorted(E4M3_VALUES[:127], rounded).astype(np.uint8)
+_SEARCH_CHUNK = 1024  # blocks searched at a time: bounds the memory of the brute force
 
 
 def halving_sum(terms: F64) -> F64:
@@ -343,12 +304,6 @@ def cast_bf16_to_f32(x: npt.NDArray[np.uint16], out: F32) -> int:
 
 
 # -- MXFP4 to NVFP4 -----------------------------------------------------------------------------
-
-
-def valid_shifts(magnitudes: U8) -> list[int]:
-    """The d for which every nonzero magnitude code has another code of value x 2^-d; block scale x 2^d."""
-    values = {E2M1_MAGNITUDES[c] for c in magnitudes if c}
-    return [d for d in range(-MAX_SHIFT, MAX_SHIFT + 1) if all(v * 2.0**-d in E2M1_MAGNITUDES for v in values)]
 
 
 def _halves(packed: U8, scales: U8) -> tuple[U8, npt.NDArray[np.int64]]:

@@ -12,9 +12,10 @@ from fp4conv.kernels.contract import F32, F64, U8
 from fp4conv.kernels.decode import code_value
 from fp4conv.kernels.jit import device, helper, kernel
 from fp4conv.kernels.lanes import I32, LANES, lane_stride, load_bytes, origin, store, tile_count, tile_of
-from fp4conv.kernels.quantise import SMALL_TENSOR_SCALE, TIES, pow2, quantise_nv, scale_products, search_e4m3
-from fp4conv.kernels.reference import E2M1_VALUES, E4M3_ONE, E4M3_VALUES, valid_shifts
-from fp4conv.kernels.window import E4M3_EXPONENTS, MAX_SHIFT, WINDOW_OFFSET
+from fp4conv.kernels.quantise import TIES, pow2, quantise_nv
+from fp4conv.kernels.scales import SMALL_TENSOR_SCALE, scale_products, search_e4m3
+from fp4conv.kernels.small_floats import E2M1_VALUES, E4M3_ONE, E4M3_VALUES
+from fp4conv.kernels.window import E4M3_EXPONENTS, MAX_SHIFT, WINDOW_OFFSET, valid_shifts
 
 _LOW, _HIGH = E4M3_EXPONENTS
 _NO_SHIFT = MAX_SHIFT + 1

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fp4conv.formats import E2M1_MAGNITUDES
+
 E4M3_EXPONENTS = (-9, 8)  # 2^-9 .. 2^8 are the powers of two in E4M3
 TENSOR_EXPONENTS = (-126, 127)  # 2^m is a normal float32
 MAX_SHIFT = 3  # .5 -> 4 is the longest way between two codes by doubling
@@ -22,6 +24,12 @@ WINDOW_LENGTH = WINDOW_OFFSET + 127 + MAX_SHIFT - E4M3_EXPONENTS[0] + 1
 def new_window_counts() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Empty `starts` and `ends`, int64 [WINDOW_LENGTH] each; counts of several tensors add up."""
     return np.zeros(WINDOW_LENGTH, dtype=np.int64), np.zeros(WINDOW_LENGTH, dtype=np.int64)
+
+
+def valid_shifts(magnitudes: npt.NDArray[np.uint8]) -> list[int]:
+    """The d for which every nonzero magnitude code has another code of value x 2^-d; block scale x 2^d."""
+    values = {E2M1_MAGNITUDES[c] for c in magnitudes if c}
+    return [d for d in range(-MAX_SHIFT, MAX_SHIFT + 1) if all(v * 2.0**-d in E2M1_MAGNITUDES for v in values)]
 
 
 def choose_window(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> tuple[int, int]:

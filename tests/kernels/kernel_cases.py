@@ -10,7 +10,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from fp4conv.formats import BlockFormat, ScaleRule, Ties
-from fp4conv.kernels import reference
+from fp4conv.kernels import small_floats
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
@@ -79,7 +79,7 @@ def assert_same(left: Encoded, right: Encoded) -> None:
 
 
 def to_bf16(values: npt.ArrayLike) -> BF16:
-    return reference.f32_to_bf16(np.asarray(values, dtype=np.float32))
+    return small_floats.f32_to_bf16(np.asarray(values, dtype=np.float32))
 
 
 def normal(shape: tuple[int, int], seed: int = 0, spread: int = 0) -> F32:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kernel_cases import U8
 
 from fp4conv.formats import Ties
-from fp4conv.kernels import compiled, reference
+from fp4conv.kernels import compiled, reference, small_floats
 
 EVERY_BYTE = np.arange(256, dtype=np.uint8)
 
@@ -33,20 +33,20 @@ def near_midpoints(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def test_e2m1_is_the_table_of_the_mx_specification() -> None:
     """OCP MX v1.0, table 3 of section 5.3.3: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
     table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    assert reference.E2M1_VALUES.tolist() == [*table, *(-v for v in table)]
-    assert np.signbit(reference.E2M1_VALUES[8])
+    assert small_floats.E2M1_VALUES.tolist() == [*table, *(-v for v in table)]
+    assert np.signbit(small_floats.E2M1_VALUES[8])
 
 
 def test_e2m1_equals_ml_dtypes_and_gfloat() -> None:
     codes = EVERY_BYTE[:16]
-    assert same_bits(reference.E2M1_VALUES, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32))
-    assert same_bits(reference.E2M1_VALUES, by_gfloat(gfloat.formats.format_info_ocp_e2m1, codes))
+    assert same_bits(small_floats.E2M1_VALUES, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    assert same_bits(small_floats.E2M1_VALUES, by_gfloat(gfloat.formats.format_info_ocp_e2m1, codes))
 
 
 def test_e4m3_equals_ml_dtypes_and_gfloat() -> None:
-    assert same_bits(reference.E4M3_VALUES, EVERY_BYTE.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    assert same_bits(reference.E4M3_VALUES, by_gfloat(gfloat.formats.format_info_ocp_e4m3, EVERY_BYTE))
-    assert reference.E4M3_VALUES[reference.E4M3_ONE] == 1.0
+    assert same_bits(small_floats.E4M3_VALUES, EVERY_BYTE.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    assert same_bits(small_floats.E4M3_VALUES, by_gfloat(gfloat.formats.format_info_ocp_e4m3, EVERY_BYTE))
+    assert small_floats.E4M3_VALUES[small_floats.E4M3_ONE] == 1.0
 
 
 def test_e8m0_scales_equal_ml_dtypes_and_gfloat() -> None:
@@ -72,26 +72,26 @@ def test_e4m3_scales_of_nvfp4_equal_ml_dtypes() -> None:
 
 
 def test_rounding_to_e2m1_equals_ml_dtypes() -> None:
-    values = near_midpoints(reference.E2M1_VALUES[:8])
+    values = near_midpoints(small_floats.E2M1_VALUES[:8])
     values = np.concatenate([values[values <= 6], -values[values <= 6]])  # ml_dtypes' cast saturates above too
-    codes = reference.e2m1_codes(values, Ties.EVEN) | (np.signbit(values).astype(np.uint8) << 3)
+    codes = small_floats.e2m1_codes(values, Ties.EVEN) | (np.signbit(values).astype(np.uint8) << 3)
     assert np.array_equal(codes, values.astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
 
 
 def test_rounding_to_e2m1_with_ties_down() -> None:
     """Off the midpoints as to even; on them the smaller magnitude."""
     midpoints = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float32)
-    assert reference.e2m1_codes(midpoints, Ties.DOWN).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert reference.e2m1_codes(midpoints, Ties.EVEN).tolist() == [0, 2, 2, 4, 4, 6, 6]
-    values = near_midpoints(reference.E2M1_VALUES[:8])
+    assert small_floats.e2m1_codes(midpoints, Ties.DOWN).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert small_floats.e2m1_codes(midpoints, Ties.EVEN).tolist() == [0, 2, 2, 4, 4, 6, 6]
+    values = near_midpoints(small_floats.E2M1_VALUES[:8])
     values = values[~np.isin(values, midpoints)]
-    assert np.array_equal(reference.e2m1_codes(values, Ties.DOWN), reference.e2m1_codes(values, Ties.EVEN))
+    assert np.array_equal(small_floats.e2m1_codes(values, Ties.DOWN), small_floats.e2m1_codes(values, Ties.EVEN))
 
 
 def test_rounding_to_e4m3_equals_ml_dtypes() -> None:
-    values = near_midpoints(reference.E4M3_VALUES[1:127])
+    values = near_midpoints(small_floats.E4M3_VALUES[1:127])
     values = values[(values >= 2**-9) & (values <= 448)]
-    assert np.array_equal(reference.e4m3_from_f32(values), values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    assert np.array_equal(small_floats.e4m3_from_f32(values), values.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
 
 
 def test_bf16_casts_equal_ml_dtypes() -> None:

@@ -11,7 +11,7 @@ import torch
 from kernel_cases import BF16, F32, decode, encode, normal, to_bf16
 
 from fp4conv.formats import MXFP4, NVFP4, NVFP4_AMAX_DIVISOR, ScaleRule, Ties
-from fp4conv.kernels import reference
+from fp4conv.kernels import reference, small_floats
 
 
 def weights(bf16: bool, seed: int = 0) -> F32 | BF16:
@@ -40,7 +40,7 @@ def bits_of(x: torch.Tensor) -> npt.NDArray[np.uint16]:
 def test_floor_equals_gfloat(bf16: bool) -> None:
     x = weights(bf16)
     ours = encode(reference, MXFP4, x, ScaleRule.FLOOR)
-    values: F32 = reference.bf16_to_f32(x) if bf16 else x  # type: ignore[assignment,arg-type]
+    values: F32 = small_floats.bf16_to_f32(x) if bf16 else x  # type: ignore[assignment,arg-type]
     for block, codes, scale in zip(values.reshape(-1, 32), ours.codes.reshape(-1, 32), ours.scales.flat, strict=True):
         wide = block.astype(np.float64)
         s = gfloat.compute_scale_amax(gfloat.formats.format_info_ocp_e2m1.emax, wide)

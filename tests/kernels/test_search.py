@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from kernel_cases import F32, assert_same, block_values, encode, normal
 
 from fp4conv.formats import MXFP4, NVFP4, ScaleRule, Ties
-from fp4conv.kernels import compiled, reference
+from fp4conv.kernels import compiled, reference, small_floats
 from fp4conv.kernels.contract import MAX_TENSOR_SCALE
-from fp4conv.kernels.quantise import SMALL_TENSOR_SCALE
+from fp4conv.kernels.scales import SMALL_TENSOR_SCALE
 
 MANY = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -55,11 +55,11 @@ def test_search_of_ordinary_weights_equals_brute_force(ties: Ties) -> None:
 @given(block_values(16), st.integers(16, 126), st.floats(0.05, 0.999))
 def test_half_a_scale_is_never_worse_within_its_range(values: F32, code: int, fill: float) -> None:
     """The claim that lets the search start at amax / 3: amax <= 3s implies error(s / 2) <= error(s), ties to even."""
-    amax, block_scale = float(np.abs(values).max()), float(reference.E4M3_VALUES[code])
+    amax, block_scale = float(np.abs(values).max()), float(small_floats.E4M3_VALUES[code])
     scale = np.float32(np.clip(amax / (3 * fill * block_scale), SMALL_TENSOR_SCALE, MAX_TENSOR_SCALE))
     whole, half = np.array([code], dtype=np.uint8), np.array([code - 8], dtype=np.uint8)
-    assert reference.E4M3_VALUES[code - 8] * 2 == reference.E4M3_VALUES[code]
-    assume(amax <= 3 * float(np.float32(scale * reference.E4M3_VALUES[code])))
+    assert small_floats.E4M3_VALUES[code - 8] * 2 == small_floats.E4M3_VALUES[code]
+    assume(amax <= 3 * float(np.float32(scale * small_floats.E4M3_VALUES[code])))
     _, error = reference._nv_quantise(values[None], whole, scale, Ties.EVEN)
     _, half_error = reference._nv_quantise(values[None], half, scale, Ties.EVEN)
     assert half_error[0] <= error[0]

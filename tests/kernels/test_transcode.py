@@ -10,8 +10,15 @@ from hypothesis import strategies as st
 from kernel_cases import F64, U8, decode
 
 from fp4conv.formats import MXFP4, NVFP4
-from fp4conv.kernels import compiled, reference
-from fp4conv.kernels.window import TENSOR_EXPONENTS, WINDOW_LENGTH, WINDOW_OFFSET, choose_window, new_window_counts
+from fp4conv.kernels import compiled, reference, small_floats
+from fp4conv.kernels.window import (
+    TENSOR_EXPONENTS,
+    WINDOW_LENGTH,
+    WINDOW_OFFSET,
+    choose_window,
+    new_window_counts,
+    valid_shifts,
+)
 
 BOTH = (reference, compiled)
 
@@ -74,7 +81,7 @@ def test_ordinary_tensor_takes_kmax_less_eight_and_copies_codes() -> None:
     assert count == 0
     assert not noise.any()
     assert np.array_equal(new_packed, packed)
-    assert reference.E4M3_VALUES[new_scales].tolist() == [[256.0] * 2 + [2.0**-9] * 2 + [0.5] * 2]
+    assert small_floats.E4M3_VALUES[new_scales].tolist() == [[256.0] * 2 + [2.0**-9] * 2 + [0.5] * 2]
     values = decode(reference, MXFP4, packed, scales)
     assert same_bits(decode(reference, NVFP4, new_packed, new_scales, tensor_scale=2.0**m), values)
     assert signal[0] == (values.astype(np.float64) ** 2).sum()
@@ -100,7 +107,7 @@ def test_ordinary_tensor_takes_kmax_less_eight_and_copies_codes() -> None:
 )
 def test_shifts_and_the_interval_they_give(codes: list[int], shifts: tuple[int, int]) -> None:
     magnitudes = np.array(codes, dtype=np.uint8) & 7
-    assert reference.valid_shifts(magnitudes.astype(np.uint8)) == list(range(shifts[0], shifts[1] + 1))
+    assert valid_shifts(magnitudes.astype(np.uint8)) == list(range(shifts[0], shifts[1] + 1))
     packed, scales = model((codes, 127))
     starts, ends = new_window_counts()
     compiled.window_counts(packed, scales, starts, ends)
@@ -118,7 +125,7 @@ def test_block_above_the_window_is_saved_by_doubling_its_codes() -> None:
     count, new_packed, new_scales, _, noise = checked(packed, scales, m)
     assert (count, noise[0]) == (0, 0.0)
     assert np.array_equal(new_packed[0, :16], block([6, 14, 0, 8])), "4 with both signs, zeros as they were"
-    assert reference.E4M3_VALUES[new_scales[0]].tolist() == [256.0] * 2 + [2.0**-9] * 2
+    assert small_floats.E4M3_VALUES[new_scales[0]].tolist() == [256.0] * 2 + [2.0**-9] * 2
     values = decode(reference, MXFP4, packed, scales)
     assert same_bits(decode(reference, NVFP4, new_packed, new_scales, tensor_scale=2.0**m), values)
 
@@ -130,7 +137,7 @@ def test_block_below_the_window_is_saved_by_halving_its_codes() -> None:
     count, new_packed, new_scales, _, noise = checked(packed, scales, m)
     assert (count, noise[0]) == (0, 0.0)
     assert np.array_equal(new_packed[0, 16:], block([1, 9, 0]))
-    assert reference.E4M3_VALUES[new_scales[0, 2:]].tolist() == [2.0**-9] * 2
+    assert small_floats.E4M3_VALUES[new_scales[0, 2:]].tolist() == [2.0**-9] * 2
     values = decode(reference, MXFP4, packed, scales)
     assert same_bits(decode(reference, NVFP4, new_packed, new_scales, tensor_scale=2.0**m), values)
 
@@ -169,7 +176,7 @@ def test_zeros_count_nowhere_and_keep_their_signs() -> None:
     count, new_packed, new_scales, _, _ = checked(packed, scales, -8)
     assert count == 0
     assert np.array_equal(new_packed, packed)
-    assert new_scales[0, :4].tolist() == [reference.E4M3_ONE] * 4
+    assert new_scales[0, :4].tolist() == [small_floats.E4M3_ONE] * 4
     assert window(*model(([0, 8], 30))) == (0, 0), "nothing but zeros"
 
 
@@ -182,7 +189,7 @@ def test_halves_of_one_block_part_ways() -> None:
     assert lossy == 0
     count, _, new_scales, _, _ = checked(packed, scales, m)
     assert count == 0
-    assert reference.E4M3_VALUES[new_scales[0, 2:]].tolist() == [2.0**-9, 1.0]
+    assert small_floats.E4M3_VALUES[new_scales[0, 2:]].tolist() == [2.0**-9, 1.0]
 
 
 def test_tensor_scale_stays_a_normal_float32() -> None:
