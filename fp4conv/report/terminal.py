@@ -30,9 +30,14 @@ _VERBS = {
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that wraps at the terminal's width, and at 120 columns where there is no terminal."""
-    plain = Console(stderr=stderr, highlight=False)
-    return plain if plain.is_terminal else Console(stderr=stderr, highlight=False, width=120)
+    """A console that wraps at the terminal's width, and at 120 columns where there is no terminal.
+
+    Without markup and emoji: names of files and tensors may have brackets and colons, and are printed as they are.
+    """
+    plain = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not plain.is_terminal:
+        plain.width = 120
+    return plain
 
 
 def grid(*alignments: str) -> Table:
