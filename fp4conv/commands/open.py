@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.errors import SourceError
+from fp4conv.errors import SourceError, ValuesError
 from fp4conv.layouts import parse
 from fp4conv.model import Decoded, Model, Stored, Weight
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, numpy_dtype
@@ -71,20 +71,23 @@ class Checkpoint:
     def _decode(self, weight: Weight, value: Decoded, rows: slice | range | None) -> npt.NDArray[np.float32]:
         from fp4conv.codecs import codec_named
         from fp4conv.codecs.base import Codes, Rows
-        from fp4conv.errors import ValuesError
+        from fp4conv.pipeline.operations import stored_tensor_scale
 
         shape, start = _first_axis(weight.shape, rows)
         linear = len(weight.shape) == 2
-        scale = self._read_stored(value.tensor_scale, None) if value.tensor_scale else np.float32(1.0)
+        scale = stored_tensor_scale(self._reader, value)
         out = np.empty(shape, np.float32)
         for index in range(1 if linear else shape[0]):
             first, count = (start, shape[0]) if linear else ((start + index) * weight.n, weight.n)
             codes = self._codes(value, weight, first, count, Codes)
             target = out if linear else out[index]
-            bad = codec_named(value.format_name).decode(codes, float(scale.reshape(())), Rows(target, weight.kn))
+            bad = codec_named(value.format_name).decode(codes, scale, Rows(target, weight.kn))
             if bad >= 0:
                 raise ValuesError(
-                    f"the value {bad} of matrix {index} is not finite: NaN or too large a scale", where=weight.name
+                    f"the value at {_position(weight, first + bad // weight.k, bad % weight.k)} is not finite: "
+                    "its block scale is NaN or too large",
+                    where=weight.name,
+                    hint="the checkpoint is damaged: download or export it again",
                 )
         return out
 
@@ -111,6 +114,13 @@ class Checkpoint:
 def open(source: str | Path) -> Checkpoint:
     """Open the checkpoint in folder `source`: headers are read and checked now, tensors when asked for."""
     return Checkpoint(parse(open_source(source)))
+
+
+def _position(weight: Weight, row: int, k: int) -> list[int]:
+    """Index in the weight's own shape; `row` counts over all its matrices."""
+    e, n = divmod(row, weight.n)
+    place = [k, n] if weight.kn else [n, k]
+    return place if len(weight.shape) == 2 else [e, *place]
 
 
 def _first_axis(shape: tuple[int, ...], rows: slice | range | None) -> tuple[tuple[int, ...], int]:
