@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ from fp4conv.staging import JOURNAL_NAME
 
 Reference = Callable[[str], Path]
 Tensors = dict[str, Array]
+ROOT = Path(__file__).resolve().parent.parent
 LAYER = "model.layers.0"
 DOWN = f"{LAYER}.mlp.down_proj"
 EXPERTS = f"{LAYER}.mlp.experts.down_proj"
@@ -441,6 +443,24 @@ def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     source = write_model(tmp_path / "src", dense())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1_000_000, 995_000, 5_000))
     refused(source, to="nvfp4", says=("disk is too small", "dst"))
+
+
+def test_file_size_limit_met_while_running(tmp_path: Path) -> None:
+    """What the disk check cannot foresee: an error that names the file, no traceback, and the source is whole."""
+    source = write_model(tmp_path / "src", {f"{DOWN}.weight": noise((1024, 512))})
+    before = tree(source)
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from fp4conv.cli import main; main()"
+    )
+    words = [sys.executable, "-c", limited, "convert", str(source), str(tmp_path / "dst"), "--to", "nvfp4"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "model.safetensors" in done.stderr
+    assert not (tmp_path / "dst").exists()
+    assert tree(source) == before
+    assert run("convert", source, tmp_path / "dst", "--to", "nvfp4", "--overwrite").code == 0
 
 
 def test_too_little_memory(tmp_path: Path) -> None:

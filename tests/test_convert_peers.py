@@ -106,6 +106,15 @@ def test_our_config_and_tensors_are_those_that_compressed_tensors_writes(referen
         assert np.array_equal(mine, their), name
 
 
+def test_we_read_what_compressed_tensors_writes(reference: Reference, tmp_path: Path) -> None:
+    made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs")
+    found = fp4conv.inspect(tmp_path / "theirs")
+    assert (found.format, found.layout, found.warnings) == ("mxfp4", "compressed-tensors", ())
+    fp4conv.convert(tmp_path / "theirs", tmp_path / "bf16", to="bf16")
+    expected, _ = loaded(tmp_path / "theirs", dtype=torch_.bfloat16)
+    assert torch_.equal(loaded(tmp_path / "bf16", dtype=torch_.bfloat16)[0], expected)
+
+
 def without_negative_zeros(packed: Array) -> Array:
     """Codes [..., 2] a byte, with 0 for 8: the library drops the sign of what it rounds to zero."""
     codes = np.stack([packed.astype(np.uint8) & 15, packed.astype(np.uint8) >> 4], axis=-1)
