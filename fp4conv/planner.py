@@ -77,6 +77,7 @@ def make_plan(model: Model, options: Options) -> Plan:
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
     _check_groups(drafts)
+    _check_names(drafts)
     steps, shards = _place(drafts, options.max_shard_bytes)
     config = _config(goal)
     companions, left_out = companion_files(model.source, config)
@@ -187,6 +188,20 @@ def _check_groups(drafts: Sequence[Draft]) -> None:
                 where=draft.key,
                 hint="exclude the whole set, or start from the checkpoint this one was quantised from",
             )
+
+
+def _check_names(drafts: Sequence[Draft]) -> None:
+    """Refuse a source that already has a tensor under the name of a part that is to be written."""
+    owners: dict[str, str] = {}
+    for draft in drafts:
+        for part, _ in draft.parts:
+            if part.name in owners:
+                raise PlanError(
+                    f"both {owners[part.name]} and {draft.key} would be written under this name",
+                    where=part.name,
+                    hint="the source is no checkpoint as the tools write them; leave one of the two out with --exclude",
+                )
+            owners[part.name] = draft.key
 
 
 # ---- places

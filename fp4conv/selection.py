@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp4conv.errors import PlanError, UsageError
-from fp4conv.families import EXCLUDED, SCOPES, shared_set_of
+from fp4conv.families import EXCLUDED, SCOPES, Role, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, BlockFormat
 from fp4conv.layouts import Layout
 from fp4conv.model import Decoded, Model, Weight
@@ -85,11 +85,18 @@ def _check_layout(model: Model, layout: Layout, chosen: Sequence[Weight]) -> Non
             raise PlanError(reason, where=weight.name)
 
 
+def _fused_set_of(weight: Weight) -> str | None:
+    """The modules that a server holds as one: a set that shares a tensor scale, or all the experts of a layer."""
+    if weight.role is Role.EXPERT and ".experts." in weight.module:
+        return weight.module.partition(".experts.")[0] + ".experts"
+    return shared_set_of(weight.module)
+
+
 def _check_sets(matrices: Sequence[Weight], chosen: set[str], already: frozenset[str]) -> None:
     """Servers stack the members of a set: some in four bits and some not, they refuse to load."""
     members: dict[str, list[Weight]] = {}
     for weight in matrices:
-        if key := shared_set_of(weight.module):
+        if key := _fused_set_of(weight):
             members.setdefault(key, []).append(weight)
     for key, weights in members.items():
         inside = [w for w in weights if w.name in chosen]
@@ -97,9 +104,9 @@ def _check_sets(matrices: Sequence[Weight], chosen: set[str], already: frozenset
         newly = any(w.name not in already for w in inside) or any(w.name in already for w in outside)
         if inside and outside and newly:
             parent = key.partition("{")[0]
+            shown = ", ".join(w.module for w in outside[:3]) + (f" and {len(outside) - 3} more" if outside[3:] else "")
             raise PlanError(
-                f"servers fuse {key}, so its members must be quantised all or none; "
-                f"{', '.join(w.module for w in outside)} would stay dense",
+                f"servers fuse {key}, so its members must be quantised all or none; {shown} would stay dense",
                 where=inside[0].module,
                 hint=f"widen or narrow --include/--exclude to the whole set, such as '{parent}*'",
             )

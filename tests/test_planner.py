@@ -259,6 +259,30 @@ def test_pieces_cover_every_row_once(reference: Reference, name: str, to: str, b
             assert len(rows) == step.weight.matrices * step.weight.n
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Also when the two would lie in different shards."""
+    tensors = {f"{LAYER}.mlp.experts.down_proj": noise((2, 32, 32)), f"{LAYER}.self_attn.sinks": noise((4,))}
+    tensors[f"{LAYER}.mlp.experts.down_proj_scales"] = noise((4,))
+    source = write_model(tmp_path / "src", tensors)
+    for size in ("5GB", "1"):
+        with pytest.raises(PlanError, match="down_proj_scales: both"):
+            plan_conversion(source, to="mxfp4", max_shard_size=size)
+
+
+@pytest.mark.parametrize("left", ["*.experts.1.*", "*.down_proj", "*.experts.2.gate_proj"])
+def test_experts_of_a_layer_are_quantised_all_or_none(tmp_path: Path, left: str) -> None:
+    """Servers hold them as one stack with one quantisation method."""
+    names = [f"{LAYER}.mlp.experts.{e}.{leaf}_proj.weight" for e in range(3) for leaf in ("gate", "up", "down")]
+    source = write_model(tmp_path / "src", {name: noise((32, 32), seed) for seed, name in enumerate(names)})
+    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.experts.*all or none"):
+        plan_conversion(source, to="nvfp4", exclude=[left])
+
+
+def test_both_expert_parameters_of_gpt_oss_are_quantised_or_none(reference: Reference) -> None:
+    with pytest.raises(PlanError, match="all or none"):
+        plan_conversion(reference("gptoss-bf16"), to="mxfp4", exclude=["*.experts.down_proj"])
+
+
 # ---- words that do not fit together
 
 
