@@ -232,7 +232,7 @@ def test_companions(reference: Reference, tmp_path: Path) -> None:
     for name in ("configuration_mine.py", "modeling_mine.py", "tokenization_mine.py", "setup.py"):
         (source / name).write_bytes(bomb)
     never = (
-        *("modelopt_state.pth", "training_args.bin", "optimizer.pt", "pytorch_model.bin", "trainer_state.json"),
+        *("modelopt_state_train.pth", "training_args.bin", "optimizer.pt", "pytorch_model.bin", "trainer_state.json"),
         *("scheduler.pt", "rng_state_0.pth", "adapter_config.json", "setup.py", "model.gguf", ".hidden.json"),
     )
     for name in never:
@@ -249,7 +249,7 @@ def test_companions(reference: Reference, tmp_path: Path) -> None:
     for name in found - {"config.json", "hf_quant_config.json", "model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     left = next(warning for warning in result.warnings if warning.startswith("not copied"))
-    assert "modelopt_state.pth" in left
+    assert "modelopt_state_train.pth" in left
     assert "setup.py" in left
     assert config_of(tmp_path / "out")["auto_map"] == config["auto_map"]
 
