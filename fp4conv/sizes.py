@@ -31,9 +31,11 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """Decimal, three figures: '1.41 GB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+    """Decimal, three figures: '1.41 GB', '710 MB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
+            break
         nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    if unit == "B":
+        return f"{nbytes:.0f} B"
+    return f"{nbytes:.{2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0}f} {unit}"

@@ -286,11 +286,20 @@ def test_random_bytes_never_raise_anything_else(raw: bytes) -> None:
         return
 
 
-def test_a_large_header_takes_milliseconds() -> None:
+def test_checking_a_large_header_costs_a_few_times_its_json() -> None:
     layout = lay_out([(f"model.layers.{number}.weight", TensorSpec("BF16", (2880, 2880))) for number in range(20_000)])
-    begin = time.perf_counter()
-    parse_header(layout.header[8:], layout.nbytes, "x")
-    assert time.perf_counter() - begin < 1.0  # 0.1 s on one quiet core
+    raw = layout.header[8:]
+
+    def best(work: Callable[[], object]) -> float:
+        def once() -> float:
+            begin = time.process_time()
+            work()
+            return time.process_time() - begin
+
+        return min(once() for _ in range(5))
+
+    parsed = best(lambda: json.loads(raw))
+    assert best(lambda: parse_header(raw, layout.nbytes, "x")) < 20 * parsed  # 3 to 4 times; quadratic work: thousands
 
 
 # ---- reading
