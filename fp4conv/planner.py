@@ -14,7 +14,7 @@ from math import gcd
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.families import Role, natural_key, shared_set_of
-from fp4conv.formats import BLOCK_FORMATS, NVFP4, BlockFormat, ScaleRule, Ties
+from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
 from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_parts
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
@@ -84,7 +84,7 @@ def make_plan(model: Model, options: Options) -> Plan:
     servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
     training = training_notes(model, target, rule, options.ties)
-    warnings = (*model.warnings, *training, *notes, *kv_notes, *_notes(goal, drafts), *left_out)
+    warnings = (*model.warnings, *training, *notes, *kv_notes, *_notes(goal, drafts, options.rule), *left_out)
     files = (*_generated(config, shards), *companions)
     return Plan(
         model, options.to, layout.name, rule, options.ties, steps, shards, files, servers, warnings, __version__
@@ -305,13 +305,17 @@ def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
         )
 
 
-def _notes(goal: _Goal, drafts: Sequence[Draft]) -> list[str]:
+def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -> list[str]:
     notes = []
     kept = [draft for draft in drafts if draft.weight and draft.target in DENSE_TARGETS and draft.target != goal.to]
     if goal.target is None and kept:
         notes.append(
             f"{len(kept)} tensors of another type than most stay as they are ({kept[0].key}: {kept[0].target})"
         )
+    # NVFP4 to MXFP4 is encoded anew; MXFP4 to NVFP4 takes its scales from the closed form.
+    free = any(d.action is Action.QUANTIZE or (d.action is Action.TRANSCODE and d.target == MXFP4.name) for d in drafts)
+    if rule_given is not None and not free:
+        notes.append(f"--scale-rule {rule_given.value} had nothing to choose: every scale follows from the source")
     opaque = [w for w in goal.model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
     if opaque and goal.target is not None:
         notes.append(f"{len(opaque)} tensors of more than two axes are copied, not quantised ({opaque[0].name})")

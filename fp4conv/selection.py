@@ -83,6 +83,24 @@ def _check_layout(model: Model, layout: Layout, chosen: Sequence[Weight]) -> Non
     for weight in chosen:
         if reason := layout.refusal(weight, model.family):
             raise PlanError(reason, where=weight.name)
+    _check_orientation(model, chosen)
+
+
+def _check_orientation(model: Model, chosen: Sequence[Weight]) -> None:
+    """Refuse [in, out] matrices, such as GPT-2's Conv1D: their blocks would run along the wrong axis.
+
+    Told by the bias, which has one value for each output: so the name of no model class is needed.
+    """
+    shapes = {weight.name: weight.shape for weight in model.weights}
+    for weight in chosen:
+        bias = shapes.get(f"{weight.module}.bias")
+        if len(weight.shape) == 2 and bias is not None and bias != (weight.n,):
+            raise PlanError(
+                f"its shape {list(weight.shape)} and that of its bias {list(bias)} say that it is not stored "
+                "[out, in], as GPT-2's Conv1D is not: fp4conv does not quantise such matrices",
+                where=weight.name,
+                hint="leave them out with --exclude 'GLOB'",
+            )
 
 
 def _fused_set_of(weight: Weight) -> str | None:

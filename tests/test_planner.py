@@ -341,3 +341,24 @@ def test_magnitudes_at_the_ends_of_f32(tmp_path: Path, to: str, magnitude: float
         decoded = checkpoint.read(f"{LAYER}.mlp.down_proj.weight").astype(np.float64)
     assert np.isfinite(decoded).all()
     assert np.abs(decoded - values).max() <= max(0.2 * magnitude, 2.0**-126)
+
+
+def test_matrices_stored_in_by_out_are_refused(tmp_path: Path) -> None:
+    """GPT-2's Conv1D: the bias has as many values as the matrix has columns."""
+    tensors = {
+        "h.0.attn.c_attn.weight": noise((64, 192)),
+        "h.0.attn.c_attn.bias": noise((192,)),
+        "h.0.mlp.c_fc.weight": noise((64, 256), 1),
+        "h.0.mlp.c_fc.bias": noise((256,), 1),
+    }
+    write_model(tmp_path / "source", tensors, {"model_type": "gpt2"})
+    with pytest.raises(PlanError, match=r"c_attn.weight.*\[64, 192\].*\[192\]"):
+        plan_conversion(tmp_path / "source", to="nvfp4")
+
+
+def test_a_scale_rule_without_work_is_said(reference: Reference) -> None:
+    for name, to in (("gptoss-mxfp4", "nvfp4"), ("llama-nvfp4-default", "nvfp4")):
+        plan = plan_conversion(reference(name), to=to, scale_rule="amax")
+        assert any("--scale-rule amax had nothing to choose" in warning for warning in plan.warnings)
+    plan = plan_conversion(reference("llama-nvfp4-default"), to="mxfp4", scale_rule="floor")
+    assert not any("nothing to choose" in warning for warning in plan.warnings)
