@@ -1,6 +1,6 @@
 """fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model.
 
-`convert`, `inspect` and `open` are the commands as functions. They are imported when first asked for, so
+`convert`, `merge_lora`, `inspect` and `open` are the commands as functions. They are imported when first asked for, so
 that `import fp4conv` costs nothing.
 """
 
@@ -14,14 +14,16 @@ from fp4conv.version import __version__
 if TYPE_CHECKING:
     from fp4conv.commands.convert import convert
     from fp4conv.commands.inspect import inspect
+    from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
     from fp4conv.errors import Fp4convError
 
-__all__ = ["Checkpoint", "Fp4convError", "__version__", "convert", "inspect", "open"]
+__all__ = ["Checkpoint", "Fp4convError", "__version__", "convert", "inspect", "merge_lora", "open"]
 
 _HOMES = {
     "convert": "fp4conv.commands.convert",
     "inspect": "fp4conv.commands.inspect",
+    "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",
     "Checkpoint": "fp4conv.commands.open",
     "Fp4convError": "fp4conv.errors",

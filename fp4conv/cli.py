@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from fp4conv.errors import Fp4convError
-from fp4conv.formats import ScaleRule, Ties
+from fp4conv.formats import MergeRounding, ScaleRule, Ties
 from fp4conv.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fp4conv.plan import Plan
 
 _RULES = [rule.value for rule in ScaleRule]
+_TARGETS = ["bf16", "f16", "f32", "mxfp4", "nvfp4"]
 _SERVERS = ["vllm", "sglang", "trtllm", "transformers", "llamacpp"]
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -66,6 +67,7 @@ def main() -> None:
     epilog=_epilog(
         "fp4conv convert gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
         "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run",
+        "fp4conv convert my-llama my-llama-tuned --to bf16 --lora my-llama-lora",
     )
 )
 @click.argument("src", metavar="SRC")
@@ -73,7 +75,7 @@ def main() -> None:
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(["bf16", "f16", "f32", "mxfp4", "nvfp4"]),
+    type=click.Choice(_TARGETS),
     help="Number format of the result.",
 )
 @click.option(
@@ -107,6 +109,13 @@ def main() -> None:
     metavar="none|stored|constant|FILE",
     help="NVFP4 scales of activations (W4A4).",
 )
+@click.option("--lora", multiple=True, metavar="ADAPTER", help="Merge this LoRA adapter first. Repeatable, in order.")
+@click.option(
+    "--merge-rounding",
+    type=click.Choice([rounding.value for rounding in MergeRounding]),
+    help="once: in F32, rounded one time. peft: as merge_and_unload. training: as LoRA-QAT trains. "
+    "Default: training for an adapter with a ModelOpt state, else once.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
 @click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
@@ -117,11 +126,15 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **options: object) -> None:
+def convert(src: str, dst: str, **options: object) -> None:
     """Convert the checkpoint in SRC into DST, shard by shard, within a fixed memory.
 
     A run that was stopped goes on when the same command is given again.
     """
+    _convert(src, dst, **options)  # type: ignore[arg-type]
+
+
+def _convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **options: object) -> None:
     from fp4conv.commands import convert as command
 
     if dry_run:
@@ -166,6 +179,26 @@ def _free_bytes(path: Path) -> int:
     """Free space where `path` would be made."""
     path = path.absolute()
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+
+
+@main.command("merge-lora", epilog=_epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"))
+@click.argument("base", metavar="BASE")
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("dst", metavar="DST")
+@click.option("--to", type=click.Choice(_TARGETS), help="Number format of the result. Default: that of BASE.")
+def merge_lora(base: str, adapter: str, dst: str, *, to: str | None, **options: object) -> None:
+    """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
+
+    The same as convert BASE DST --lora ADAPTER, with BASE's own format unless --to is given. What the adapter does
+    not touch is copied as it is.
+    """
+    from fp4conv.commands.merge_lora import own_format
+
+    _convert(base, dst, lora=(adapter,), to=to or own_format(base), **options)  # type: ignore[arg-type]
+
+
+_OWN = ("src", "dst", "to", "lora")  # what merge-lora spells in its own way
+merge_lora.params += [parameter for parameter in convert.params if parameter.name not in _OWN]
 
 
 @main.command(epilog=_epilog("fp4conv inspect gpt-oss-20b --headers-only"))

@@ -31,6 +31,16 @@ class Ties(str, Enum):
     DOWN = "down"  # to the smaller magnitude, as ModelOpt's gpt-oss MXFP4 converter script does
 
 
+class MergeRounding(str, Enum):
+    """ONCE: W + delta in F32, rounded to the target alone. PEFT: as peft's merge_and_unload, after each adapter to the
+    weight's dtype. TRAINING: as the forward pass of LoRA-QAT: factors in the weight's dtype, an F32 sum, one rounding.
+    """
+
+    ONCE = "once"
+    PEFT = "peft"
+    TRAINING = "training"
+
+
 @dataclass(frozen=True)
 class FloatFormat:
     """A small float. `bits` in all; `max_value` and `min_value` are the finite positive range."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from fp4conv.deltas import Delta, LowRank
 from fp4conv.families import Family, Role
-from fp4conv.formats import BLOCK_FORMATS, BlockFormat
+from fp4conv.formats import BLOCK_FORMATS, BlockFormat, MergeRounding
 from fp4conv.safetensors_io import Reader, TensorRef
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
@@ -87,6 +88,46 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class LoraMerged:
+    """A weight with adapters merged into it, one delta after the other; without deltas, one that an adapter replaces.
+
+    `base` is what lies on disk beneath. `dtype` is that of the weight in a dense checkpoint, to which `rounding` may
+    round between; a block format's is BF16, as models are trained on it. `beside`: training quantised the base alone
+    and ran the adapter beside it, Q(W) x + B A x, so that no merged weight has the values of its forward pass.
+    """
+
+    base: Stored | Decoded
+    deltas: tuple[Delta, ...]
+    rounding: MergeRounding
+    dtype: str
+    beside: bool = False
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return self.base.refs
+
+    @property
+    def delta_refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor of an adapter that the deltas take."""
+        return tuple(ref for delta in self.deltas for ref in delta.refs)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it takes whole rows to compute; else it is value by value."""
+        return any(isinstance(delta, LowRank) for delta in self.deltas)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that was merged. `trained`: its folder has the state of quantisation-aware training."""
+
+    name: str
+    root: Path
+    fingerprint: str
+    trained: bool
+
+
+@dataclass(frozen=True)
 class Weight:
     """One tensor of the model, under the name and shape that the HF BF16 checkpoint gives it.
 
@@ -97,8 +138,13 @@ class Weight:
     module: str
     role: Role
     shape: tuple[int, ...]
-    value: Stored | Decoded
+    value: Stored | Decoded | LoraMerged
     kn: bool = False
+
+    @property
+    def base(self) -> Stored | Decoded:
+        """What lies on disk, beneath adapters."""
+        return self.value.base if isinstance(self.value, LoraMerged) else self.value
 
     @property
     def elements(self) -> int:
@@ -123,14 +169,14 @@ class Weight:
 
     @property
     def format_name(self) -> str:
-        return self.value.format_name if isinstance(self.value, Decoded) else self.value.ref.spec.dtype.lower()
+        return self.base.format_name if isinstance(self.base, Decoded) else self.base.ref.spec.dtype.lower()
 
     @property
     def is_matrix(self) -> bool:
         """A weight that a block format could hold: a linear layer's, or an expert parameter's."""
-        if isinstance(self.value, Decoded):
+        if isinstance(self.base, Decoded):
             return True
-        if self.value.ref.spec.dtype not in FLOAT_DTYPES or not self.elements:
+        if self.base.ref.spec.dtype not in FLOAT_DTYPES or not self.elements:
             return False
         linear = len(self.shape) == 2 and self.name.endswith(".weight")
         return linear or (len(self.shape) == 3 and self.role is Role.EXPERT)
@@ -165,11 +211,12 @@ class Model:
     trained: Mapping[str, Trained] = field(default_factory=dict)
     trained_kv: Mapping[str, TensorRef] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def format_name(self) -> str:
         """The block format of its quantised weights, or the dense dtype of most bytes: 'mxfp4', 'bf16'."""
-        quantized = {weight.format_name for weight in self.weights if isinstance(weight.value, Decoded)}
+        quantized = {weight.format_name for weight in self.weights if isinstance(weight.base, Decoded)}
         return "+".join(sorted(quantized)) if quantized else self.main_dtype.lower()
 
     @property
@@ -177,8 +224,8 @@ class Model:
         """The floating dtype that most dense bytes have; BF16 when there are none."""
         sizes = dict.fromkeys(FLOAT_DTYPES, 0)
         for weight in self.weights:
-            if isinstance(weight.value, Stored) and weight.value.ref.spec.dtype in sizes:
-                sizes[weight.value.ref.spec.dtype] += weight.nbytes
+            if isinstance(weight.base, Stored) and weight.base.ref.spec.dtype in sizes:
+                sizes[weight.base.ref.spec.dtype] += weight.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property

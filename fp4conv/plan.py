@@ -14,10 +14,11 @@ from enum import Enum
 from functools import cached_property
 from typing import TypeAlias
 
+from fp4conv.deltas import LowRank
 from fp4conv.errors import PlanError
 from fp4conv.formats import ScaleRule, Ties
 from fp4conv.layouts.parts import Part
-from fp4conv.model import Decoded, Model, Stored, Weight
+from fp4conv.model import Decoded, LoraMerged, Model, Stored, Weight
 from fp4conv.safetensors_io import ShardLayout, TensorRef
 from fp4conv.servers import Verdict
 
@@ -36,6 +37,7 @@ class Action(str, Enum):
     DEQUANTIZE = "dequantize"  # a block format to dense
     TRANSCODE = "transcode"  # one block format to another
     REBLOCK = "reblock"  # NVFP4 in blocks of 32 to blocks of 16: every scale twice
+    MERGE = "merge"  # with adapters, to dense; a merged weight that becomes a block format is quantised
 
 
 _BY_ROWS = (Action.QUANTIZE, Action.DEQUANTIZE, Action.TRANSCODE, Action.REBLOCK)
@@ -92,6 +94,19 @@ class Step:
     @property
     def bytes_written(self) -> int:
         return sum(output.part.spec.nbytes for output in self.outputs)
+
+    @property
+    def merged(self) -> LoraMerged | None:
+        """The weight's node where adapters change it."""
+        value = self.weight.value if self.weight else None
+        return value if isinstance(value, LoraMerged) else None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is worked on in rows of matrices; else value by value."""
+        if self.action is Action.MERGE:
+            return self.merged is not None and self.merged.by_rows
+        return self.action in _BY_ROWS
 
     @property
     def scan_bytes(self) -> int:
@@ -158,6 +173,17 @@ class Plan:
         """Bytes read beforehand to find tensor scales."""
         return sum(step.scan_bytes for step in self.steps)
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes read of adapters, each tensor once."""
+        refs = {(ref.file, ref.name): ref for step in self.steps if step.merged for ref in step.merged.delta_refs}
+        return sum(ref.spec.nbytes for ref in refs.values())
+
+    @cached_property
+    def factor_bytes(self) -> int:
+        """The most that the factors of one weight take in memory."""
+        return max((_factor_bytes(step.merged) for step in self.steps if step.merged), default=0)
+
     def count(self, *actions: Action) -> int:
         return sum(step.action in actions for step in self.steps)
 
@@ -166,6 +192,8 @@ class Plan:
         """SHA-256 of everything that the bytes of the result follow from; equal plans write equal bytes."""
         digest = hashlib.sha256(self.model.source.fingerprint().encode())
         facts = [self.version, self.target, self.layout, self.rule, self.ties]
+        facts += [adapter.fingerprint for adapter in self.model.adapters]
+        facts += sorted({step.merged.rounding for step in self.steps if step.merged})
         digest.update(json.dumps(facts).encode())
         for name, shard in self.shards.items():
             digest.update(name.encode() + b"\0" + shard.header)
@@ -178,11 +206,20 @@ class Plan:
         return digest.hexdigest()
 
 
-def block_budget(max_memory: int, workers: int) -> int:
+def _factor_bytes(merged: LoraMerged) -> int:
+    return sum(d.rows.held_bytes + d.columns.held_bytes for d in merged.deltas if isinstance(d, LowRank))
+
+
+def reserved_bytes(plan: Plan, workers: int) -> int:
+    """What adapters take of the memory: the factors of two weights stay, and a worker may hold those of a third."""
+    return (2 + workers) * plan.factor_bytes
+
+
+def block_budget(max_memory: int, workers: int, reserved: int = 0) -> int:
     """Bytes that one worker may hold; PlanError when `max_memory` leaves too little to work with."""
-    budget = (max_memory - BASE_BYTES) // workers
+    budget = (max_memory - BASE_BYTES - reserved) // workers
     if budget < 1_000_000:
-        least = BASE_BYTES + workers * 1_000_000
+        least = BASE_BYTES + reserved + workers * 1_000_000
         raise PlanError(
             f"--max-memory {max_memory:,} bytes leaves no room for {workers} workers",
             hint=f"give at least {least // 1_000_000 + 1}MB, or fewer --workers",
@@ -196,6 +233,8 @@ def bytes_per_row(step: Step) -> int:
     assert weight is not None
     held = sum(ref.spec.nbytes for ref in weight.value.refs)
     held += sum(output.part.spec.nbytes for output in step.computed)
+    if step.merged is not None:
+        held += _merge_bytes(step.merged) * weight.elements
     if _needs_f32(step, weight):
         held += 4 * weight.elements
     if step.amax is not None:  # the comparison with training's forward pass: two decodings and a float64 difference
@@ -203,9 +242,16 @@ def bytes_per_row(step: Step) -> int:
     return max(1, held // (weight.matrices * weight.n))
 
 
+def _merge_bytes(merged: LoraMerged) -> int:
+    """What a value takes on its way through a merge: the decoded base, the F32 sum, a rounded copy."""
+    decoded = 4 if isinstance(merged.base, Decoded) else 0
+    compared = 5 if merged.beside else 0
+    return compared + decoded + 4 + (2 if merged.base.refs[0].spec.dtype == "F16" or not merged.deltas else 0)
+
+
 def _needs_f32(step: Step, weight: Weight) -> bool:
-    if isinstance(weight.value, Stored):
-        return weight.value.ref.spec.dtype == "F16"
+    if isinstance(weight.base, Stored):
+        return weight.base.ref.spec.dtype == "F16"
     return step.action is Action.TRANSCODE or step.target == "f16"
 
 
@@ -213,17 +259,18 @@ def turned(step: Step) -> bool:
     """Whether some part of the weight lies K-major on one side: then rows of N are not contiguous there."""
     weight = step.weight
     assert weight is not None
-    inside = weight.value.kn if isinstance(weight.value, Decoded) else weight.kn
+    inside = weight.base.kn if isinstance(weight.base, Decoded) else weight.kn
     return inside or any(output.part.kn for output in step.computed)
 
 
 def units(step: Step, budget: int) -> Iterator[Unit | Span]:
     """Cut a step into pieces that fit in `budget` bytes: whole rows of matrices, so that no sum depends on the cut."""
     for number, output in enumerate(step.outputs):
-        if isinstance(output.origin, TensorRef) or (step.action is Action.CAST and output.origin is None):
+        by_value = step.action in (Action.CAST, Action.MERGE) and not step.by_rows
+        if isinstance(output.origin, TensorRef) or (by_value and output.origin is None):
             elements, chunk = output.part.spec.elements, min(budget, UNIT_BYTES) // 8
             yield from (Span(step, number, i, min(i + chunk, elements)) for i in range(0, elements, chunk))
-    if step.action in _BY_ROWS:
+    if step.by_rows:
         yield from matrix_units(step, budget)
 
 
@@ -248,10 +295,11 @@ def matrix_units(step: Step, budget: int) -> Iterator[Unit]:
 
 def peak_bytes(plan: Plan, max_memory: int, workers: int) -> int:
     """Upper bound of resident memory: a constant and what the workers hold, whatever the model's size."""
-    budget = block_budget(max_memory, workers)
+    reserved = reserved_bytes(plan, workers)
+    budget = block_budget(max_memory, workers, reserved)
     largest = UNIT_BYTES
     for step in plan.steps:
-        if step.weight is not None and step.action in _BY_ROWS:
+        if step.weight is not None and step.by_rows:
             unit = next(matrix_units(step, budget))
             largest = max(largest, (unit.n1 - unit.n0) * bytes_per_row(step))
-    return BASE_BYTES + workers * min(budget, largest)
+    return BASE_BYTES + reserved + workers * min(budget, largest)

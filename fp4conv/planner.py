@@ -18,7 +18,7 @@ from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule,
 from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_parts
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
-from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, Model, Stored, Weight
+from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, LoraMerged, Model, Stored, Weight
 from fp4conv.plan import Action, Origin, Output, Plan, PlannedFile, Step
 from fp4conv.safetensors_io import ShardLayout, TensorRef, TensorSpec, lay_out
 from fp4conv.selection import Selection, select
@@ -72,7 +72,7 @@ def make_plan(model: Model, options: Options) -> Plan:
         )
     scales, notes = input_scales_for(model, chosen, options.input_scales, layout)
     kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout)
-    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales))
+    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model))
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
@@ -93,7 +93,10 @@ def make_plan(model: Model, options: Options) -> Plan:
 
 @dataclass(frozen=True)
 class _Goal:
-    """The options resolved against a model. `chosen`: names of weights; `scales`: module -> input scale."""
+    """The options resolved against a model. `chosen`: names of weights; `scales`: module -> input scale.
+
+    `kept_sets`: sets of which adapters leave a member alone, so that a stored tensor scale has to stay.
+    """
 
     model: Model
     to: str
@@ -103,6 +106,7 @@ class _Goal:
     chosen: frozenset[str]
     scales: Mapping[str, Origin]
     kv_scales: bool
+    kept_sets: frozenset[str]
 
 
 def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
@@ -135,6 +139,8 @@ def _draft(goal: _Goal, weight: Weight) -> Draft:
     if goal.target is not None and weight.name in goal.chosen:
         return _draft_quantized(goal, weight, goal.target)
     main = goal.model.main_dtype
+    if isinstance(weight.value, LoraMerged):
+        return _draft_merged(goal, weight, weight.value)
     if isinstance(weight.value, Decoded):
         dtype = main if goal.target is not None else goal.to.upper()
         return Draft(weight.name, Action.DEQUANTIZE, ((_dense_part(weight, dtype), None),), dtype.lower(), weight)
@@ -144,6 +150,21 @@ def _draft(goal: _Goal, weight: Weight) -> Draft:
         part = _dense_part(weight, goal.to.upper())
         return Draft(weight.name, Action.CAST, ((part, None),), goal.to, weight)
     return Draft(weight.name, Action.COPY, ((Part(PACKED, ref.name, ref.spec), ref),), ref.spec.dtype.lower(), weight)
+
+
+def _draft_merged(goal: _Goal, weight: Weight, value: LoraMerged) -> Draft:
+    """A merged weight that stays or becomes dense; a tensor of an adapter that is as it should be is copied."""
+    stays = goal.target is not None or (isinstance(value.base, Stored) and value.dtype != goal.model.main_dtype)
+    part = _dense_part(weight, value.dtype if stays else goal.to.upper())
+    dtype = part.spec.dtype
+    if not value.deltas and isinstance(value.base, Stored) and value.base.ref.spec.dtype == dtype:
+        return Draft(weight.name, Action.COPY, ((part, value.base.ref),), dtype.lower(), weight)
+    return Draft(weight.name, Action.MERGE, ((part, None),), dtype.lower(), weight)
+
+
+def _kept_sets(model: Model) -> frozenset[str]:
+    untouched = (weight.module for weight in model.weights if isinstance(weight.value, Decoded))
+    return frozenset(key for module in untouched if (key := shared_set_of(module)))
 
 
 def _dense_part(weight: Weight, dtype: str) -> Part:
@@ -157,7 +178,12 @@ def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
     origins: dict[str, Origin] = {INPUT_SCALE: input_scale}
     group: str | None = None
     amax: TensorRef | None = None
-    if isinstance(value, Stored):
+    if isinstance(value, LoraMerged):
+        action = Action.QUANTIZE
+        if isinstance(value.base, Decoded) and value.base.format_name == target.name:
+            kept = value.base.tensor_scale if shared_set_of(weight.module) in goal.kept_sets else None
+            origins[TENSOR_SCALE] = kept
+    elif isinstance(value, Stored):
         action = Action.QUANTIZE
     elif value.format_name != target.name:
         action = Action.TRANSCODE
@@ -167,10 +193,11 @@ def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
         action = Action.COPY if value.block == target.block else Action.REBLOCK
         if action is Action.COPY:
             origins[BLOCK_SCALE] = value.block_scale
-    if target.tensor_scale and action in (Action.QUANTIZE, Action.TRANSCODE):
+    if target.tensor_scale and action in (Action.QUANTIZE, Action.TRANSCODE) and not origins.get(TENSOR_SCALE):
         assert goal.rule is not None
         group = shared_set_of(weight.module) or weight.module
-        amax = frozen_amax(goal.model, weight, target, goal.rule)
+        if not isinstance(value, LoraMerged):  # calibration saw the values without the adapter
+            amax = frozen_amax(goal.model, weight, target, goal.rule)
     placed = tuple((part, origins.get(part.kind)) for part in parts)
     return Draft(weight.name, action, placed, target.name, weight, group, amax)
 

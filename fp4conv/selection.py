@@ -36,7 +36,7 @@ def select(model: Model, target: BlockFormat, layout: Layout, selection: Selecti
     """
     matrices = [weight for weight in model.weights if weight.is_matrix]
     _check_globs(selection, matrices)
-    already = frozenset(weight.name for weight in matrices if isinstance(weight.value, Decoded))
+    already = frozenset(weight.name for weight in matrices if isinstance(weight.base, Decoded))
     told = already or frozenset(name for name, how in model.trained.items() if how.format_name in BLOCK_FORMATS)
     scope = SCOPES[selection.scope or model.family.scope]
     chosen = set()
@@ -89,10 +89,18 @@ def _check_layout(model: Model, layout: Layout, chosen: Sequence[Weight]) -> Non
 def _check_orientation(model: Model, chosen: Sequence[Weight]) -> None:
     """Refuse [in, out] matrices, such as GPT-2's Conv1D: their blocks would run along the wrong axis.
 
-    Told by the bias, which has one value for each output: so the name of no model class is needed.
+    Told by the bias, which has one value for each output, or by an adapter (fan_in_fan_out): so the name of no model
+    class is needed.
     """
     shapes = {weight.name: weight.shape for weight in model.weights}
     for weight in chosen:
+        if len(weight.shape) == 2 and weight.kn:
+            raise PlanError(
+                f"its adapter says that {list(weight.shape)} is [in, out] (fan_in_fan_out): fp4conv does not quantise "
+                "such matrices",
+                where=weight.name,
+                hint="leave them out with --exclude 'GLOB'",
+            )
         bias = shapes.get(f"{weight.module}.bias")
         if len(weight.shape) == 2 and bias is not None and bias != (weight.n,):
             raise PlanError(

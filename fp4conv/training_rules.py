@@ -25,13 +25,14 @@ def taken_as(model: Model) -> str:
     """What the source was taken for: 'plain bf16', 'bf16 trained for nvfp4', 'mxfp4'."""
     if formats := trained_formats(model):
         return f"{model.format_name} trained for {' and '.join(sorted(formats))}"
-    quantized = any(isinstance(weight.value, Decoded) for weight in model.weights)
+    quantized = any(isinstance(weight.base, Decoded) for weight in model.weights)
     return model.format_name if quantized else f"plain {model.format_name}"
 
 
 def default_rule(model: Model, target: BlockFormat) -> ScaleRule:
-    """The rule of the forward pass where the model was trained for `target`, else the least squared error."""
-    return FORWARD_RULES[target.name] if target.name in trained_formats(model) else ScaleRule.MSE
+    """The rule of the forward pass where the model or an adapter was trained for it, else the least squared error."""
+    trained = target.name in trained_formats(model) or any(adapter.trained for adapter in model.adapters)
+    return FORWARD_RULES[target.name] if trained else ScaleRule.MSE
 
 
 def frozen_amax(model: Model, weight: Weight, target: BlockFormat, rule: ScaleRule) -> TensorRef | None:

@@ -14,9 +14,12 @@ from fp4conv.codecs import codec_named
 from fp4conv.codecs.base import Codes, Coding, Rows, Tally
 from fp4conv.codecs.dense import count_nonfinite, narrow, widen
 from fp4conv.errors import ValuesError
+from fp4conv.formats import BLOCK_FORMATS, NVFP4_AMAX_DIVISOR, MergeRounding
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
-from fp4conv.model import FLOAT_DTYPES, Decoded, Stored, Weight
+from fp4conv.model import FLOAT_DTYPES, Decoded, LoraMerged, Stored, Weight
+from fp4conv.pipeline import merging
+from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.matrices import Array, Scratch, at, position, read_rows, rows_shape, write_rows
 from fp4conv.plan import Action, Output, Plan, Span, Step, Unit
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
@@ -68,6 +71,7 @@ class Bench:
     plan: Plan
     reader: Reader
     writers: Mapping[str, Writer]
+    factors: Factors
     scales: dict[str, TensorScale] = field(default_factory=dict)
 
 
@@ -75,7 +79,7 @@ def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch)
     """Do one piece: read, one kernel, write."""
     if isinstance(piece, Span):
         copied = isinstance(piece.step.outputs[piece.output].origin, TensorRef)
-        return {"nonfinite": (_copy if copied else _cast)(bench, piece, scratch)}
+        return {"nonfinite": (_copy if copied else _compute_span)(bench, piece, scratch)}
     return _BY_ACTION[piece.step.action](bench, piece, progress, scratch)
 
 
@@ -91,14 +95,17 @@ def _copy(bench: Bench, span: Span, scratch: Scratch) -> int:
     return count_nonfinite(values, ref.spec.dtype) if ref.spec.dtype in FLOAT_DTYPES else 0
 
 
-def _cast(bench: Bench, span: Span, scratch: Scratch) -> int:
+def _compute_span(bench: Bench, span: Span, scratch: Scratch) -> int:
+    """Cast to another dense dtype; or add what an adapter adds to a vector."""
     output, weight = span.step.outputs[span.output], span.step.weight
     assert weight is not None
-    assert isinstance(weight.value, Stored)
-    ref = weight.value.ref
+    assert isinstance(weight.base, Stored)
+    ref = weight.base.ref
     values = _read_span(bench, ref, span, scratch)
     between = scratch.array("f32", values.shape, "F32")
     widen(values, ref.spec.dtype, between)  # type: ignore[arg-type]  # dtype says which of the three it is
+    if isinstance(weight.value, LoraMerged):
+        merging.merge_span(bench.factors, weight.value, between, span.start)  # type: ignore[arg-type]
     out = scratch.array("cast", values.shape, output.part.spec.dtype)
     bad = narrow(between, output.part.spec.dtype, out)  # type: ignore[arg-type]
     if bad >= 0:
@@ -117,15 +124,44 @@ def _read_span(bench: Bench, ref: TensorRef, span: Span, scratch: Scratch) -> Ar
 
 
 def _quantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
-    return _encode(bench, unit, _dense_rows(bench, unit, scratch), progress, scratch)
+    return _encode(bench, unit, read_values(bench, unit, scratch, progress), progress, scratch)
 
 
-def _dense_rows(bench: Bench, unit: Unit, scratch: Scratch) -> Rows:
-    """The unit's rows of a dense weight as the kernels take them: BF16 and F32 as they are, F16 widened."""
-    weight = unit.step.weight
-    assert weight is not None
-    assert isinstance(weight.value, Stored)
-    ref = weight.value.ref
+def read_values(
+    bench: Bench, unit: Unit, scratch: Scratch, progress: Progress | None = None, *, kn: bool = False
+) -> Rows:
+    """The unit's rows of any weight as the kernels take them: BF16 or F32, with adapters merged.
+
+    A dense base lies as it is stored, a quantised one is decoded to [N, K], or to [K, N] with `kn`. With `progress`
+    the sizes of a merged weight and of its change are kept, and a value that is not finite is refused.
+    """
+    weight = _weight(unit.step)
+    base = read_base(bench, unit, scratch, kn=kn)
+    if not isinstance(weight.value, LoraMerged):
+        return base
+    merged = merging.merge_rows(bench.factors, weight.value, unit, base, scratch)
+    if progress is not None and weight.value.deltas:
+        sums = progress.row_sums("change", unit), progress.row_sums("base", unit)
+        bad = merging.measure_change(base, merged, sums)
+        if bad >= 0:
+            _refuse_merged(weight, position(unit, bad))
+    return merged
+
+
+def read_base(bench: Bench, unit: Unit, scratch: Scratch, *, kn: bool = False) -> Rows:
+    """The same without adapters."""
+    weight = _weight(unit.step)
+    if isinstance(weight.base, Stored):
+        return _dense_rows(bench, weight.base.ref, unit, scratch)
+    dtype = merging.base_dtype(weight.value) if isinstance(weight.value, LoraMerged) else "F32"
+    rows = Rows(scratch.array("base", rows_shape(weight, weight.elements, kn, unit), dtype), kn)  # type: ignore[arg-type]
+    decode(bench, unit, rows, scratch)
+    return rows
+
+
+def _dense_rows(bench: Bench, ref: TensorRef, unit: Unit, scratch: Scratch) -> Rows:
+    """The unit's rows of a dense weight: BF16 and F32 as they are, F16 widened."""
+    weight = _weight(unit.step)
     values = read_rows(bench.reader, ref, weight.kn, unit, scratch)
     if ref.spec.dtype == "F16":
         wide = scratch.array("f32", values.shape, "F32")
@@ -137,17 +173,82 @@ def _dense_rows(bench: Bench, unit: Unit, scratch: Scratch) -> Rows:
 def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: Scratch) -> Counts:
     step, plan = unit.step, bench.plan
     assert plan.rule is not None
-    scale = bench.scales[step.group] if step.group else TensorScale(1.0)
+    scale = bench.scales[step.group] if step.group else TensorScale(_kept_scale(bench, step, rows))
     coding = Coding(plan.rule, plan.ties, scale.value)
     outputs, codes = _codes_out(step, unit, scratch)
     bad = codec_named(step.target).encode(rows, coding, codes, _tally(progress, unit))
     if bad >= 0:
         refuse_nonfinite(_weight(step), position(unit, bad))
     _write_codes(bench, outputs, codes, unit)
+    if step.merged is not None and step.merged.beside:
+        _compare_with_adapter_beside(bench, unit, step.merged, (codes, coding), progress=progress, scratch=scratch)
     trained = scale.trained.get(step.key, scale.value)
     if trained == scale.value:
         return {}
     return _compare_with_forward(unit, rows, codes, (coding, replace(coding, tensor_scale=trained)), progress)
+
+
+def _kept_scale(bench: Bench, step: Step, rows: Rows) -> float:
+    """The tensor scale of a merged weight that keeps the stored one, since others of its set do; 1.0 where none is."""
+    weight = _weight(step)
+    if step.merged is None or not isinstance(weight.base, Decoded) or not BLOCK_FORMATS[step.target].tensor_scale:
+        return 1.0
+    scale = stored_tensor_scale(bench.reader, weight.base)
+    amax, _ = compiled.amax(rows.array)
+    if amax > NVFP4_AMAX_DIVISOR * scale:
+        raise ValuesError(
+            f"the adapter makes its largest value {amax:.4g}, and the tensor scale that it shares with weights that "
+            f"the adapter leaves alone holds {NVFP4_AMAX_DIVISOR * scale:.4g} at most",
+            where=weight.name,
+            hint="convert the base with --to bf16 first and merge into that: the whole set then gets a new scale",
+        )
+    return scale
+
+
+def _merge(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
+    """A merged weight as dense values."""
+    output = unit.step.computed[0]
+    rows = read_values(bench, unit, scratch, progress, kn=output.part.kn)
+    _write_dense(bench, unit, rows, scratch)
+    return {}
+
+
+def _write_dense(bench: Bench, unit: Unit, rows: Rows, scratch: Scratch) -> None:
+    """F32 rows rounded to the dtype of the output, and written."""
+    output, weight = unit.step.computed[0], _weight(unit.step)
+    dtype = output.part.spec.dtype
+    out = scratch.array("out", rows.array.shape, dtype)
+    bad = narrow(rows.array, dtype, out)  # type: ignore[arg-type]
+    if bad >= 0:
+        row, column = divmod(bad, out.shape[1])
+        n, k = (column, row) if rows.kn else (row, column)
+        _refuse_overflow(weight, position(unit, n * weight.k + k), float(rows.array.reshape(-1)[bad]), dtype)
+    write_rows(bench.writers, output, unit, out)
+
+
+def _compare_with_adapter_beside(
+    bench: Bench,
+    unit: Unit,
+    value: LoraMerged,
+    result: tuple[Codes, Coding],
+    *,
+    progress: Progress,
+    scratch: Scratch,
+) -> None:
+    """Sum up how far the merged codes are from Q(W) + B A, what LoRA-QAT ran; Q(W) under the result's tensor scale."""
+    (codes, coding), codec = result, codec_named(unit.step.target)
+    base = read_base(bench, unit, scratch)
+    own = Codes(np.empty_like(codes.packed), np.empty_like(codes.block_scale), codes.kn)
+    rows = unit.n1 - unit.n0
+    codec.encode(base, coding, own, Tally(np.empty(rows), np.empty(rows)))
+    quantized = Rows(np.empty(base.array.shape, np.float32), base.kn)
+    codec.decode(own, coding.tensor_scale, quantized)
+    forward = merging.merge_rows(
+        bench.factors, replace(value, rounding=MergeRounding.ONCE, dtype="F32"), unit, quantized, scratch
+    )
+    codec.decode(codes, coding.tensor_scale, quantized)
+    sums = progress.row_sums("beside_noise", unit), progress.row_sums("beside_signal", unit)
+    merging.measure_change(forward, quantized, sums)
 
 
 def _compare_with_forward(
@@ -174,14 +275,12 @@ def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) 
     output = unit.step.computed[0]
     dtype, weight = output.part.spec.dtype, _weight(unit.step)
     out = scratch.array("out", rows_shape(weight, weight.elements, output.part.kn, unit), dtype)
-    decoded = out if dtype != "F16" else scratch.array("f32", out.shape, "F32")
-    decode(bench, unit, Rows(decoded, output.part.kn), scratch)  # type: ignore[arg-type]
     if dtype == "F16":
-        bad = narrow(decoded, dtype, out)  # type: ignore[arg-type]
-        if bad >= 0:
-            row, column = divmod(bad, out.shape[1])
-            n, k = (column, row) if output.part.kn else (row, column)
-            _refuse_overflow(weight, position(unit, n * weight.k + k), float(decoded.reshape(-1)[bad]), dtype)
+        wide = Rows(scratch.array("f32", out.shape, "F32"), output.part.kn)  # type: ignore[arg-type]
+        decode(bench, unit, wide, scratch)
+        _write_dense(bench, unit, wide, scratch)
+        return {}
+    decode(bench, unit, Rows(out, output.part.kn), scratch)  # type: ignore[arg-type]
     write_rows(bench.writers, output, unit, out)
     return {}
 
@@ -190,7 +289,7 @@ def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
     """Decode the unit's rows of a quantised weight into `out`. ValuesError where a value is not finite."""
     weight = _weight(unit.step)
     codes = _codes_in(bench, unit, scratch)
-    value = weight.value
+    value = weight.base
     assert isinstance(value, Decoded)
     scale = stored_tensor_scale(bench.reader, value)
     bad = codec_named(value.format_name).decode(codes, scale, out)
@@ -245,6 +344,7 @@ _BY_ACTION: Mapping[Action, Callable[[Bench, Unit, Progress, Scratch], Counts]] 
     Action.DEQUANTIZE: _dequantize,
     Action.TRANSCODE: _transcode,
     Action.REBLOCK: _reblock,
+    Action.MERGE: _merge,
 }
 
 
@@ -257,7 +357,7 @@ def _weight(step: Step) -> Weight:
 
 
 def _codes_in(bench: Bench, unit: Unit, scratch: Scratch) -> Codes:
-    value = _weight(unit.step).value
+    value = _weight(unit.step).base
     assert isinstance(value, Decoded)
     packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch)
     scale = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
@@ -302,6 +402,14 @@ def refuse_nonfinite(weight: Weight, where: list[int]) -> None:
         f"the value at {where} is NaN or Inf and cannot be quantised",
         where=weight.name,
         hint=f"mend the source, or leave this module as it is with: --exclude '{weight.module}'",
+    )
+
+
+def _refuse_merged(weight: Weight, where: list[int]) -> None:
+    raise ValuesError(
+        f"the merged value at {where} is NaN or Inf",
+        where=weight.name,
+        hint="the base or the adapter is broken there, or DoRA met a row of zeros: nothing sensible can be written",
     )
 
 

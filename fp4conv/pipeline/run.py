@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 from fp4conv.layouts.parts import TENSOR_SCALE
 from fp4conv.model import JSON
+from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.matrices import Scratch
 from fp4conv.pipeline.operations import Bench, Counts, Progress, TensorScale, work
 from fp4conv.pipeline.results import StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
-from fp4conv.plan import Plan, ScaleOf, Span, Step, Unit, block_budget, units
+from fp4conv.plan import Plan, ScaleOf, Span, Step, Unit, block_budget, reserved_bytes, units
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
 from fp4conv.staging import Staging
 
@@ -51,7 +52,7 @@ def run(
 
     On any error, or Ctrl-C, what is done is journalled before the exception goes on.
     """
-    budget = block_budget(max_memory, workers)
+    budget = block_budget(max_memory, workers, reserved_bytes(plan, workers))
     with ExitStack() as stack:
         reader = stack.enter_context(plan.model.source.reader())
         out.start()
@@ -61,7 +62,8 @@ def run(
         finished = _trusted(plan, out.finished, writers)
         for name, shard in plan.shards.items():
             writers[name].write(0, shard.header)
-        runner = _Runner(Bench(plan, reader, writers, {}), out, budget, progress or (lambda _: None))
+        bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes))
+        runner = _Runner(bench, out, budget, progress or (lambda _: None))
         runner.take_over(finished)
         runner.run(workers)
         return Outcome(runner.results, len([key for key in finished if not key.startswith(_SCALE_KEY)]))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from fp4conv.codecs.base import Rows
 from fp4conv.codecs.dense import widen
 from fp4conv.codecs.nvfp4 import tensor_scale
 from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
 from fp4conv.model import Decoded, Stored, Weight
 from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
-from fp4conv.pipeline.operations import Bench, TensorScale, decode, refuse_nonfinite
+from fp4conv.pipeline.operations import Bench, TensorScale, read_values, refuse_nonfinite
 from fp4conv.pipeline.scalars import frozen_amax
 from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
 from fp4conv.safetensors_io import DTYPE_BYTES
@@ -50,9 +49,12 @@ class Scan:
         elif self._closed_form:
             self._count_windows(bench, piece, scratch)
         else:
-            between = scratch.array("f32", (piece.n1 - piece.n0, _weight(step).k), "F32")
-            decode(bench, piece, Rows(between), scratch)  # type: ignore[arg-type]
-            amax, _ = compiled.amax(between)  # type: ignore[arg-type]
+            rows = read_values(bench, piece, scratch)
+            amax, bad = compiled.amax(rows.array)
+            if bad >= 0:
+                row, column = divmod(bad, rows.array.shape[1])
+                n, k = (column, row) if rows.kn else (row, column)
+                refuse_nonfinite(_weight(step), position(piece, n * _weight(step).k + k))
         with self._lock:
             self._amax[step.key] = max(self._amax[step.key], amax)
             self._remaining -= 1
@@ -91,7 +93,7 @@ def _scan_pieces(step: Step, budget: int) -> Iterator[Unit | Span]:
     if step.amax is not None or not weight.elements:
         yield Span(step, 0, 0, 0)
         return
-    if isinstance(weight.value, Decoded):
+    if not isinstance(weight.value, Stored):
         yield from matrix_units(step, budget)
         return
     chunk = min(budget, UNIT_BYTES) // 8

@@ -24,7 +24,9 @@ class ConvertResult:
     """What a conversion did, or (`dry_run`) would do. `sqnr_db` is None where nothing was lost or nothing measured.
 
     `per_tensor`: SQNR in dB of every tensor that was quantised. `lossy_blocks`: 16-value blocks of an MXFP4
-    source that NVFP4 could not hold exactly.
+    source that NVFP4 could not hold exactly. `merged`: every tensor that adapters changed, with the norm of the
+    change relative to that of the tensor before, None where it was replaced or not measured. `beside_sqnr_db`: of
+    quantised linear layers whose adapter was trained beside them (LoRA-QAT), against Q(W) + B A.
     """
 
     source: str
@@ -34,6 +36,7 @@ class ConvertResult:
     layout: str
     converted: int
     copied: int
+    merged: Mapping[str, float | None]
     bytes_read: int
     bytes_written: int
     seconds: float
@@ -42,6 +45,7 @@ class ConvertResult:
     sqnr_db: float | None
     per_tensor: Mapping[str, float | None]
     forward_difference: ForwardDifference | None
+    beside_sqnr_db: float | None
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     dry_run: bool = False
@@ -53,7 +57,7 @@ class ConvertResult:
             "destination": self.destination,
             "format": self.format,
             "layout": self.layout,
-            "tensors": {"converted": self.converted, "copied": self.copied, "merged": 0},
+            "tensors": {"converted": self.converted, "copied": self.copied, "merged": len(self.merged)},
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "seconds": round(self.seconds, 3),
@@ -61,7 +65,9 @@ class ConvertResult:
             "lossy_blocks": self.lossy_blocks,
             "sqnr_db": self.sqnr_db,
             "per_tensor": dict(self.per_tensor),
+            "merged": dict(self.merged),
             "forward_difference": asdict(self.forward_difference) if self.forward_difference else None,
+            "beside_sqnr_db": self.beside_sqnr_db,
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
             "dry_run": self.dry_run,

@@ -68,8 +68,8 @@ def describe(model: Model) -> Inspected:
     tensors = tuple(
         TensorFacts(
             name=weight.name,
-            format=_format_name(weight.value.format_name, weight.value.block)
-            if isinstance(weight.value, Decoded)
+            format=_format_name(weight.base.format_name, weight.base.block)
+            if isinstance(weight.base, Decoded)
             else weight.format_name,
             shape=weight.shape,
             bytes=weight.nbytes,

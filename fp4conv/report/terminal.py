@@ -26,6 +26,7 @@ _VERBS = {
     Action.DEQUANTIZE: "decoded",
     Action.TRANSCODE: "transcoded",
     Action.REBLOCK: "blocks of 32 split into 16",
+    Action.MERGE: "merged with adapters",
 }
 
 
@@ -86,6 +87,9 @@ def servers_view(servers: Sequence[Verdict]) -> list[RenderableType]:
     return [Text("servers (as their sources say; --for SERVER makes a refusal an error)"), table]
 
 
+_NUMBER = re.compile(r"\.\d+\.")
+_MOST_MERGED = 24  # more lines than that are read by nobody: --json has them all
+
 _OUTCOMES = {
     "loads": ("loads", "green"),
     "refuses": ("refuses", "yellow"),
@@ -136,12 +140,39 @@ def convert_view(result: ConvertResult) -> RenderableType:
     facts.add_row("source", f"{result.source}  (taken as {result.source_format})")
     facts.add_row("written", f"{result.destination}  ({result.format}, {result.layout} layout)")
     facts.add_row("tensors", f"{result.converted:,} converted, {result.copied:,} copied")
+    if result.merged:
+        facts.add_row("merged", merge_words(result))
     rate = result.bytes_read / result.seconds if result.seconds else 0.0
     sizes = f"{format_size(result.bytes_read)} read, {format_size(result.bytes_written)} written"
     facts.add_row("size", f"{sizes}, in {result.seconds:.1f} s ({format_size(rate)}/s)")
     facts.add_row("memory", f"{format_size(result.peak_rss_bytes)} at the most")
     facts.add_row("error", error_words(result))
-    return Group(facts, Text(), *servers_view(result.servers))
+    return Group(facts, Text(), *merged_view(result), *servers_view(result.servers))
+
+
+def merge_words(result: ConvertResult) -> str:
+    sizes = [size for size in result.merged.values() if size is not None]
+    words = f"{len(result.merged):,} tensors with adapters"
+    if sizes:
+        words += f", changed by {min(sizes):.2%} to {max(sizes):.2%} of their norm"
+    return words
+
+
+def merged_view(result: ConvertResult) -> list[RenderableType]:
+    """Each tensor that adapters changed, and by how much; many of a kind share a line."""
+    if not result.merged:
+        return []
+    kinds: dict[str, list[float | None]] = {}
+    for name, size in result.merged.items():
+        kinds.setdefault(_NUMBER.sub(".*.", name), []).append(size)
+    few = len(result.merged) <= _MOST_MERGED
+    rows = {name: [size] for name, size in result.merged.items()} if few else kinds
+    table = grid("<", ">", "<")
+    for name, sizes in rows.items():
+        known = [size for size in sizes if size is not None]
+        change = " to ".join(f"{size:.2%}" for size in sorted({min(known), max(known)})) if known else "replaced"
+        table.add_row(Text(name), "" if few else f"{len(sizes):,}", change)
+    return [Text("merged (norm of the change against that of the tensor)"), table, Text()]
 
 
 def error_words(result: ConvertResult) -> str:
