@@ -38,7 +38,8 @@ from fp4conv.kernels.contract import (
 )
 from fp4conv.kernels.jit import cache_note, is_cold
 from fp4conv.kernels.quantise import TIES
-from fp4conv.kernels.scales import RULES, SMALL_TENSOR_SCALE
+from fp4conv.kernels.scales import RULES
+from fp4conv.kernels.search import SMALL_TENSOR_SCALE
 from fp4conv.kernels.window import choose_window, new_window_counts
 
 __all__ = [

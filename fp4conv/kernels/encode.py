@@ -20,7 +20,8 @@ from fp4conv.kernels.lanes import (
     tile_of,
 )
 from fp4conv.kernels.quantise import INF_BITS, amax_bits, pack, quantise_mx, quantise_nv, square_sums
-from fp4conv.kernels.scales import MSE, e8m0_from_amax, nvfp4_scales, scale_products, search_e8m0
+from fp4conv.kernels.scales import AMAX, MSE, SIX, e4m3_from_amax, e8m0_from_amax, four_over_six, scale_products
+from fp4conv.kernels.search import search_e4m3, search_e8m0
 
 
 @kernel
@@ -106,7 +107,12 @@ def encode_nv(
         load_floats(x, shift, origin(row, block, n, k, 16, x_kn), x_kn, stride, lanes, bits)
         if amax_bits(bits, amax) >= INF_BITS:
             return False
-        nvfp4_scales(values, amax, tensor_scale, rule, from_top, tie, codes, terms, block_scale)
+        if rule == AMAX:
+            e4m3_from_amax(amax, np.float32(SIX * tensor_scale), block_scale)
+        elif rule == MSE:
+            search_e4m3(values, amax, tensor_scale, from_top, tie, codes, terms, block_scale)
+        else:
+            four_over_six(values, amax, tensor_scale, tie, codes, terms, block_scale)
         scale_products(block_scale, tensor_scale, products)
         quantise_nv(values, products, tie, codes, terms, errors)
         square_sums(values, terms, squares)

@@ -71,17 +71,23 @@ def square_sums(values: F32, terms: F64, out: F64) -> None:
 
 
 @device
-def round_e2m1(quotient: np.float32, tie: np.float32) -> np.float32:
-    """The E2M1 magnitude nearest to |quotient|, at most 6.
+def nearest_e2m1(magnitude: np.float32) -> tuple[np.float32, np.float32]:
+    """(The E2M1 value nearest to a magnitude, ties to even, at most 6; the step between codes there).
 
     Adding 2^23 steps to a float32 rounds it to whole steps, ties to even, and even multiples of the step are
     even codes here: steps of 0.5 below 2, 1 below 4, 2 below 8.
     """
-    q = min(abs(quotient), _SIX)
+    q = min(magnitude, _SIX)
     step = _HALF if q < _TWO else (_ONE if q < _FOUR else _TWO)
     shifter = np.float32(step * _STEPS)
-    rounded = np.float32(np.float32(q + shifter) - shifter)
-    went_up = np.float32(rounded - q)
+    return np.float32(np.float32(q + shifter) - shifter), step
+
+
+@device
+def round_e2m1(quotient: np.float32, tie: np.float32) -> np.float32:
+    """The E2M1 magnitude nearest to |quotient|, at most 6; `tie` is one of TIES."""
+    rounded, step = nearest_e2m1(abs(quotient))
+    went_up = np.float32(rounded - min(abs(quotient), _SIX))
     return rounded - (step if went_up == np.float32(step * tie) else _ZERO)
 
 

@@ -13,7 +13,8 @@ from fp4conv.kernels.decode import code_value
 from fp4conv.kernels.jit import device, helper, kernel
 from fp4conv.kernels.lanes import I32, LANES, lane_stride, load_bytes, origin, store, tile_count, tile_of
 from fp4conv.kernels.quantise import TIES, pow2, quantise_nv
-from fp4conv.kernels.scales import SMALL_TENSOR_SCALE, scale_products, search_e4m3
+from fp4conv.kernels.scales import scale_products
+from fp4conv.kernels.search import SMALL_TENSOR_SCALE, search_e4m3
 from fp4conv.kernels.small_floats import E2M1_VALUES, E4M3_ONE, E4M3_VALUES
 from fp4conv.kernels.window import E4M3_EXPONENTS, MAX_SHIFT, WINDOW_OFFSET, valid_shifts
 
