@@ -104,3 +104,46 @@ def check_tensor_scale(tensor_scale: float) -> np.float32:
     assert float(value) == tensor_scale, f"tensor scale {tensor_scale!r} is not a float32"
     assert MIN_TENSOR_SCALE <= value <= MAX_TENSOR_SCALE, f"tensor scale {tensor_scale!r} is out of range"
     return value
+
+
+def check_restore(
+    x: Source,
+    x_kn: bool,
+    plane: U8,
+    plane_kn: bool,
+    tables: F32,
+    packed: U8,
+    scales: U8,
+    out_kn: bool,
+    matched: U8,
+) -> tuple[int, int, int]:
+    """Assert that the arrays of a restoring call fit together; returns (N, K, block length)."""
+    n, k = logical(x.shape, x_kn)
+    blocks = logical(plane.shape, plane_kn)[1]
+    length = k // blocks if blocks else 16
+    assert length in (16, 32), f"{blocks} blocks for K = {k}"
+    assert length * blocks == k, f"{blocks} blocks for K = {k}"
+    _check("x", x, (n, k), x_kn, np.uint16, np.float32)
+    _check("plane", plane, (n, blocks), plane_kn, np.uint8)
+    _check("tables", tables, (256, 8), False, np.float32)
+    _check("packed", packed, (n, k // 2), out_kn, np.uint8)
+    _check("scales", scales, (n, blocks), out_kn, np.uint8)
+    _check("matched", matched, (n, blocks), False, np.uint8)
+    return n, k, length
+
+
+def check_measure(
+    x: Source, x_kn: bool, packed: U8, scales: U8, codes_kn: bool, factor: F32, signal: F64, noise: F64
+) -> tuple[int, int, int]:
+    """Assert that the arrays of a measuring call fit together; returns (N, K, block length)."""
+    n, k = logical(x.shape, x_kn)
+    blocks = logical(scales.shape, codes_kn)[1]
+    length = k // blocks if blocks else 16
+    assert length in (16, 32), f"{blocks} scales for K = {k}"
+    assert length * blocks == k, f"{blocks} scales for K = {k}"
+    assert factor.shape == (256,), f"factors have shape {factor.shape}"
+    _check("x", x, (n, k), x_kn, np.uint16, np.float32)
+    _check("packed", packed, (n, k // 2), codes_kn, np.uint8)
+    _check("scales", scales, (n, blocks), codes_kn, np.uint8)
+    _check_sums(n, signal, noise)
+    return n, k, length
