@@ -122,6 +122,13 @@ def main() -> None:
 @click.option(
     "--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result."
 )
+@click.option(
+    "--no-hints",
+    "hints",
+    flag_value=False,
+    default=True,
+    help="Keep nothing in fp4conv/ for a way back to the byte, and use nothing that is there.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace DST; the old one stays until the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")

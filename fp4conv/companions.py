@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fp4conv.hints.values import FOLDER
 from fp4conv.model import JSON, Source
 from fp4conv.plan import PlannedFile
 
@@ -37,6 +38,8 @@ def companion_files(source: Source, config: Mapping[str, JSON]) -> tuple[tuple[P
         name = file.name
         if name in config or name in _NEVER or name.endswith(".safetensors.index.json") or file.weights:
             continue
+        if name.startswith(FOLDER + "/"):
+            continue  # the planner decides about round-trip hints
         wanted = name.endswith(_SUFFIXES) or name.split(".")[0].upper() in _PLAIN_NAMES
         if (wanted or name.removesuffix(".py") in code) and file.nbytes <= _LARGEST:
             copied.append(PlannedFile(name, file.nbytes))

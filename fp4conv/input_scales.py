@@ -24,6 +24,7 @@ from fp4conv.model import Model
 from fp4conv.plan import Origin, ScaleOf
 from fp4conv.safetensors_io import Reader, TensorRef, TensorSpec, read_header
 
+LEFT_OUT, KEPT = "are left out", "are kept in fp4conv/ alone, for the way back"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _INPUT_AMAX, _KV = ".input_amax", {".k_amax": ".k_scale", ".v_amax": ".v_scale"}
 
@@ -66,9 +67,12 @@ class InputScales:
 
 
 def input_scales_for(
-    model: Model, chosen: frozenset[str], wanted: InputScales, layout: Layout
+    model: Model, chosen: frozenset[str], wanted: InputScales, layout: Layout, fate: str = LEFT_OUT
 ) -> tuple[dict[str, Origin], list[str]]:
-    """Module -> its input scale (stored, or F32 bytes) for every chosen weight, or nothing; and warnings."""
+    """Module -> its input scale (stored, or F32 bytes) for every chosen weight, or nothing; and warnings.
+
+    `fate`: what the warning says of those that the result has no place for.
+    """
     stored = _stored(model)
     modules = [weight.module for weight in model.weights if weight.name in chosen]
     takes = NVFP4.name in layout.formats
@@ -83,7 +87,7 @@ def input_scales_for(
     if wanted.mode is InputScaleMode.NONE or not takes:
         if not model.calibration:  # those of training: `training_rules` has told of them
             return {}, []
-        return {}, [f"the input scales of {len(stored)} modules are left out: the result has unquantised activations"]
+        return {}, [f"the input scales of {len(stored)} modules {fate}: the result has unquantised activations"]
     without = [module for module in modules if module not in stored]
     if without:
         raise PlanError(
@@ -154,7 +158,9 @@ def _set_key(module: str) -> str:
     return _EXPERT.sub(".experts.*.", shared_set_of(module) or module)
 
 
-def kv_scale_parts(model: Model, wanted: InputScales, layout: Layout) -> tuple[list[tuple[Part, Origin]], list[str]]:
+def kv_scale_parts(
+    model: Model, wanted: InputScales, layout: Layout, fate: str = LEFT_OUT
+) -> tuple[list[tuple[Part, Origin]], list[str]]:
     """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
     scalar = TensorSpec("F32", ())
     stored = [ref for name, ref in model.calibration.items() if name.endswith(tuple(_KV.values()))]
@@ -171,7 +177,7 @@ def kv_scale_parts(model: Model, wanted: InputScales, layout: Layout) -> tuple[l
     if from_training and NVFP4.name in layout.formats and wanted.mode is not InputScaleMode.NONE:
         return [(Part("kv_scale", name, scalar), scale) for name, scale in from_training], []
     if stored and NVFP4.name not in layout.formats:
-        return [], [f"{len(stored)} FP8 KV-cache scales are left out: the {layout.name} layout has no place for them"]
+        return [], [f"{len(stored)} FP8 KV-cache scales {fate}: the {layout.name} layout has no place for them"]
     return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored], []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from typing import TypeAlias
 from fp4conv.deltas import LowRank
 from fp4conv.errors import PlanError
 from fp4conv.formats import ScaleRule, Ties
+from fp4conv.hints.values import BESIDE, Hints, Kept, facts_bytes
 from fp4conv.layouts.parts import Part
 from fp4conv.model import Decoded, LoraMerged, Model, Stored, Weight
 from fp4conv.safetensors_io import ShardLayout, TensorRef
@@ -71,7 +72,8 @@ class Step:
 
     `group` names the weights that share a tensor scale with this one; it is set where that scale has to be
     found first. `target`: the block format or dense dtype of the result, in lower case. `amax`: the largest
-    magnitude that training froze, which then decides the tensor scale rather than the values.
+    magnitude that training froze, which then decides the tensor scale rather than the values. `beside`: bytes that
+    round-trip hints of the whole weight take in memory.
     """
 
     key: str
@@ -81,6 +83,7 @@ class Step:
     weight: Weight | None = None
     group: str | None = None
     amax: TensorRef | None = None
+    beside: int = 0
 
     @property
     def computed(self) -> tuple[Output, ...]:
@@ -158,11 +161,22 @@ class Plan:
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     version: str
+    hints: Hints = field(default_factory=Hints)
+    kept: Kept | None = None
 
     @property
     def total_bytes(self) -> int:
-        """What the result takes on the disk."""
+        """What the result takes on the disk, but for hints whose number is not known before they are counted."""
         return sum(shard.nbytes for shard in self.shards.values()) + sum(file.nbytes for file in self.files)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Upper bound of what is on the disk while it runs.
+
+        Codes that have to be noted are left out: values collapse only where scales are far outside the range of the
+        dense type, and room for every code of a model would be a quarter of the result.
+        """
+        return self.total_bytes + (self.kept.record_bytes + len(facts_bytes(self.kept.facts)) if self.kept else 0)
 
     @property
     def bytes_read(self) -> int:
@@ -184,8 +198,13 @@ class Plan:
         """The most that the factors of one weight take in memory."""
         return max((_factor_bytes(step.merged) for step in self.steps if step.merged), default=0)
 
+    @property
+    def model_steps(self) -> tuple[Step, ...]:
+        """The steps without those that only copy hints."""
+        return tuple(step for step in self.steps if not step.key.startswith(BESIDE))
+
     def count(self, *actions: Action) -> int:
-        return sum(step.action in actions for step in self.steps)
+        return sum(step.action in actions for step in self.model_steps)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -201,6 +220,7 @@ class Plan:
             literals = [o.origin.hex() for o in step.outputs if isinstance(o.origin, bytes)]
             amax = step.amax.name if step.amax else None
             digest.update(json.dumps([step.key, step.action, step.target, step.group, literals, amax]).encode())
+        digest.update(json.dumps([len(self.hints.weights), self.kept is not None]).encode())
         for file in self.files:
             digest.update(file.name.encode() + b"\0" + (file.content or b""))
         return digest.hexdigest()
@@ -237,6 +257,7 @@ def bytes_per_row(step: Step) -> int:
         held += _merge_bytes(step.merged) * weight.elements
     if _needs_f32(step, weight):
         held += 4 * weight.elements
+    held += step.beside
     if step.amax is not None:  # the comparison with training's forward pass: two decodings and a float64 difference
         held += 17 * weight.elements
     return max(1, held // (weight.matrices * weight.n))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.families import Role, natural_key, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
-from fp4conv.input_scales import InputScales, input_scales_for, kv_scale_parts
+from fp4conv.hints.keeping import Beside, with_hints, with_room
+from fp4conv.hints.reading import read_hints
+from fp4conv.hints.values import Hints
+from fp4conv.input_scales import KEPT, LEFT_OUT, InputScales, input_scales_for, kv_scale_parts
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
 from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, LoraMerged, Model, Stored, Weight
@@ -43,6 +46,7 @@ class Options:
     input_scales: InputScales = field(default_factory=InputScales)
     max_shard_bytes: int = 5_000_000_000
     server: str | None = None
+    hints: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,17 @@ class Draft:
 def make_plan(model: Model, options: Options) -> Plan:
     """The plan that turns `model` into `options.to`. Raises PlanError or UsageError; see the module's docstring."""
     target, layout, rule = _resolve(model, options)
-    chosen = select(model, target, layout, options.selection) if target else frozenset[str]()
+    hints, hint_notes = read_hints(model, target.name) if target and options.hints else (Hints(), ())
+    model = replace(model, calibration={**model.calibration, **hints.calibration})
+    chosen = select(model, target, layout, options.selection, hints.selection) if target else frozenset[str]()
     if not target and not options.selection.is_default:
         raise UsageError(
             f"--modules, --include and --exclude choose what is quantised; --to {options.to} quantises nothing"
         )
-    scales, notes = input_scales_for(model, chosen, options.input_scales, layout)
-    kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout)
-    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model))
+    fate = KEPT if options.hints and target is None else LEFT_OUT
+    scales, notes = input_scales_for(model, chosen, options.input_scales, layout, fate)
+    kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout, fate)
+    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model), hints)
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
@@ -80,14 +87,32 @@ def make_plan(model: Model, options: Options) -> Plan:
     _check_names(drafts)
     steps, shards = _place(drafts, options.max_shard_bytes)
     config = _config(goal)
+    generated = _generated(config, shards)
+    steps = with_room(steps, hints)
+    beside = (
+        with_hints(model, steps, shards, __version__) if target is None and options.hints else Beside(steps, shards)
+    )
     companions, left_out = companion_files(model.source, config)
     servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
     training = training_notes(model, target, rule, options.ties)
-    warnings = (*model.warnings, *training, *notes, *kv_notes, *_notes(goal, drafts, options.rule), *left_out)
-    files = (*_generated(config, shards), *companions)
+    own = _notes(goal, drafts, options.rule)
+    warnings = (*model.warnings, *training, *hint_notes, *notes, *kv_notes, *own, *left_out)
+    files = (*generated, *beside.files, *companions)
     return Plan(
-        model, options.to, layout.name, rule, options.ties, steps, shards, files, servers, warnings, __version__
+        model,
+        options.to,
+        layout.name,
+        rule,
+        options.ties,
+        beside.steps,
+        beside.shards,
+        files,
+        servers,
+        warnings,
+        __version__,
+        hints,
+        beside.kept,
     )
 
 
@@ -107,6 +132,7 @@ class _Goal:
     scales: Mapping[str, Origin]
     kv_scales: bool
     kept_sets: frozenset[str]
+    hints: Hints
 
 
 def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
@@ -149,6 +175,9 @@ def _draft(goal: _Goal, weight: Weight) -> Draft:
     if goal.target is None and ref.spec.dtype == main and main != goal.to.upper():
         part = _dense_part(weight, goal.to.upper())
         return Draft(weight.name, Action.CAST, ((part, None),), goal.to, weight)
+    before = goal.hints.dense.get(weight.name, ref.spec.dtype)
+    if before != ref.spec.dtype and ref.spec.dtype in FLOAT_DTYPES:
+        return Draft(weight.name, Action.CAST, ((_dense_part(weight, before), None),), before.lower(), weight)
     return Draft(weight.name, Action.COPY, ((Part(PACKED, ref.name, ref.spec), ref),), ref.spec.dtype.lower(), weight)
 
 
@@ -264,6 +293,8 @@ def _config(goal: _Goal) -> Mapping[str, JSON]:
     base = {key: value for key, value in goal.model.config.items() if key not in dropped}
     if goal.target is None:
         base = _with_dtype(base, _CONFIG_DTYPES[goal.to])
+    elif goal.hints.config_dtype:
+        base = _with_dtype(base, goal.hints.config_dtype)
     matrices = [weight for weight in goal.model.weights if weight.is_matrix]
     dense = [weight.module for weight in matrices if weight.name not in goal.chosen]
     if goal.model.family.name != "encoder" and "lm_head" not in {weight.module for weight in matrices}:
@@ -343,6 +374,12 @@ def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -
     free = any(d.action is Action.QUANTIZE or (d.action is Action.TRANSCODE and d.target == MXFP4.name) for d in drafts)
     if rule_given is not None and not free:
         notes.append(f"--scale-rule {rule_given.value} had nothing to choose: every scale follows from the source")
+    cast_back = [draft for draft in drafts if goal.target is not None and draft.action is Action.CAST]
+    if cast_back:
+        notes.append(
+            f"{len(cast_back)} dense tensors go back to the type that round-trip hints say they had "
+            f"({cast_back[0].key}: {cast_back[0].target}); --no-hints keeps the one that they have"
+        )
     opaque = [w for w in goal.model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
     if opaque and goal.target is not None:
         notes.append(f"{len(opaque)} tensors of more than two axes are copied, not quantised ({opaque[0].name})")

@@ -26,11 +26,17 @@ class Selection:
         return self == Selection()
 
 
-def select(model: Model, target: BlockFormat, layout: Layout, selection: Selection) -> frozenset[str]:
+def select(
+    model: Model,
+    target: BlockFormat,
+    layout: Layout,
+    selection: Selection,
+    hinted: frozenset[str] = frozenset(),
+) -> frozenset[str]:
     """Names of the weights that the result holds in `target`.
 
-    Without a word from the user: what training quantised, else what the source holds in a block format already,
-    else the family's scope.
+    Without a word from the user: what training quantised, else what the source holds in a block format already, or
+    held (`hinted`), else the family's scope.
     Raises UsageError for a glob that matches no matrix, PlanError for what `layout` cannot hold and for a set
     that a server fuses and that would be quantised in part.
     """
@@ -38,6 +44,7 @@ def select(model: Model, target: BlockFormat, layout: Layout, selection: Selecti
     _check_globs(selection, matrices)
     already = frozenset(weight.name for weight in matrices if isinstance(weight.base, Decoded))
     told = already or frozenset(name for name, how in model.trained.items() if how.format_name in BLOCK_FORMATS)
+    told = told or hinted
     scope = SCOPES[selection.scope or model.family.scope]
     chosen = set()
     for weight in matrices:
@@ -54,7 +61,7 @@ def select(model: Model, target: BlockFormat, layout: Layout, selection: Selecti
         # The source's own format is only laid out anew: what it holds stays unless it was excluded by name.
         chosen |= {w.name for w in matrices if w.name in already and not _matches(w.module, selection.exclude)}
     _check_layout(model, layout, [weight for weight in matrices if weight.name in chosen])
-    _check_sets(matrices, chosen, already)
+    _check_sets(matrices, chosen, already | hinted)
     return frozenset(chosen)
 
 

@@ -289,5 +289,7 @@ def test_progress_adds_up_to_the_bytes_read(reference: Reference, tmp_path: Path
         done: list[int] = []
         result = fp4conv.convert(reference(name), tmp_path / f"{name}-{to}", to=to, on_bytes=done.append)
         assert sum(done) == result.bytes_read, (name, to)
-        assert result.bytes_written == sum(p.stat().st_size for p in (tmp_path / f"{name}-{to}").iterdir())
+        assert result.bytes_written == sum(
+            p.stat().st_size for p in (tmp_path / f"{name}-{to}").rglob("*") if p.is_file()
+        )
         assert read_raw(tmp_path / f"{name}-{to}")

@@ -32,6 +32,7 @@ FLOORS = {
     "layouts": 4,
     "companions": 5,
     "hub": 5,
+    "hints": 5,
     "input_scales": 5,
     "plan": 5,
     "planner": 5,

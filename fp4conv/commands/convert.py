@@ -23,6 +23,7 @@ from fp4conv.pipeline.results import StepResult
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
 from fp4conv.report.converted import ConvertResult, ForwardDifference
+from fp4conv.report.hints import HintsResult, hints_result, part_bytes, planned_hints
 from fp4conv.selection import Selection
 from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
@@ -50,6 +51,7 @@ class _PlanOptions(TypedDict):
     for_server: str | None
     lora: Sequence[str | Path]
     merge_rounding: MergeRounding | str | None
+    hints: bool
 
 
 def convert(
@@ -70,6 +72,7 @@ def convert(
     for_server: str | None = None,
     lora: Sequence[str | Path] = (),
     merge_rounding: MergeRounding | str | None = None,
+    hints: bool = True,
     overwrite: bool = False,
     command: str | None = None,
     on_plan: Callable[[Plan], None] | None = None,
@@ -96,12 +99,17 @@ def convert(
         for_server=for_server,
         lora=lora,
         merge_rounding=merge_rounding,
+        hints=hints,
     )
     plan = plan_conversion(source, **options)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
     if on_plan:
         on_plan(plan)
-    from fp4conv.pipeline.run import run  # compiled kernels: only a run pays for them
+    # Compiled kernels: only a run pays for them.
+    from fp4conv.pipeline.hint_files import check_hints, write_hints
+    from fp4conv.pipeline.run import run
+
+    check_hints(plan)
 
     for adapter in plan.model.adapters:
         check_apart(Places.of(Path(destination)), adapter.root)
@@ -109,14 +117,16 @@ def convert(
         Path(destination),
         fingerprint=plan.fingerprint,
         command=command or _command_line(source, destination, options),
-        nbytes=plan.total_bytes,
+        nbytes=plan.disk_bytes,
         source_root=plan.model.source.root,
         overwrite=overwrite,
     ) as out:
         outcome = run(plan, out, max_memory=memory, workers=threads, progress=on_bytes)
         write_files(plan, out)
+        noted = write_hints(plan, out, outcome.results)
         out.commit()
-    return _result(plan, str(destination), time.monotonic() - started, outcome.results)
+    hints_found = hints_result(plan, noted, outcome)
+    return _result(plan, str(destination), time.monotonic() - started, outcome.results, hints_found)
 
 
 def plan_conversion(
@@ -134,6 +144,7 @@ def plan_conversion(
     for_server: str | None = None,
     lora: Sequence[str | Path] = (),
     merge_rounding: MergeRounding | str | None = None,
+    hints: bool = True,
 ) -> Plan:
     """The plan of a conversion, from headers and configs alone."""
     if for_server is not None and for_server not in SERVERS:
@@ -147,6 +158,7 @@ def plan_conversion(
         input_scales=_input_scales(input_scales),
         max_shard_bytes=parse_size(str(max_shard_size)),
         server=for_server,
+        hints=hints,
     )
     return make_plan(_parse(source, lora, merge_rounding), options)
 
@@ -164,7 +176,7 @@ def _parse(source: str | Path, lora: Sequence[str | Path], merge_rounding: Merge
 
 def dry_run_result(plan: Plan, destination: str | Path, seconds: float = 0.0) -> ConvertResult:
     """What `convert` would report of `plan`, with nothing measured."""
-    return _result(plan, str(destination), seconds, {}, dry_run=True)
+    return _result(plan, str(destination), seconds, {}, planned_hints(plan), dry_run=True)
 
 
 def write_files(plan: Plan, out: Staging) -> None:
@@ -179,6 +191,9 @@ def _command_line(source: str | Path, destination: str | Path, options: _PlanOpt
     words = ["fp4conv", "convert", str(source), str(destination)]
     for key, given in options.items():
         option = "--for" if key == "for_server" else "--" + key.replace("_", "-")
+        if isinstance(given, bool):
+            words += [] if given else ["--no-" + key.replace("_", "-")]
+            continue
         for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
             words += [option, str(value.value if isinstance(value, Enum) else value)]
     return shlex.join(words)
@@ -281,7 +296,13 @@ def sqnr_db(signal: float, noise: float) -> float | None:
 
 
 def _result(
-    plan: Plan, destination: str, seconds: float, results: Mapping[str, StepResult], *, dry_run: bool = False
+    plan: Plan,
+    destination: str,
+    seconds: float,
+    results: Mapping[str, StepResult],
+    hints: HintsResult,
+    *,
+    dry_run: bool = False,
 ) -> ConvertResult:
     measured = {step.key: results[step.key] for step in plan.steps if step.key in results}
     coded = {key: result.sums for key, result in measured.items() if "signal" in result.sums}
@@ -292,11 +313,11 @@ def _result(
         destination=destination,
         format=plan.target,
         layout=plan.layout,
-        converted=len(plan.steps) - plan.count(Action.COPY),
+        converted=len(plan.model_steps) - plan.count(Action.COPY),
         copied=plan.count(Action.COPY),
         merged=_merged(plan, measured),
         bytes_read=plan.bytes_read + plan.adapter_bytes,
-        bytes_written=plan.total_bytes,
+        bytes_written=plan.total_bytes - part_bytes(plan) + hints.kept_bytes,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),
         lossy_blocks=sum(result.counts.get("lossy_blocks", 0) for result in measured.values()),
@@ -304,8 +325,9 @@ def _result(
         per_tensor={key: sqnr_db(sums["signal"], sums["noise"]) for key, sums in coded.items()},
         forward_difference=forward,
         beside_sqnr_db=_beside_sqnr(measured),
+        hints=hints,
         servers=plan.servers,
-        warnings=(*plan.warnings, *_measured_warnings(measured, forward)),
+        warnings=(*plan.warnings, *_measured_warnings(measured, forward), *hints.warnings),
         dry_run=dry_run,
     )
 

@@ -14,27 +14,33 @@ from fp4conv.codecs import codec_named
 from fp4conv.codecs.base import Codes, Coding, Rows, Tally
 from fp4conv.codecs.dense import count_nonfinite, narrow, widen
 from fp4conv.errors import ValuesError
-from fp4conv.formats import BLOCK_FORMATS, NVFP4_AMAX_DIVISOR, MergeRounding
+from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4_AMAX_DIVISOR, MergeRounding
+from fp4conv.hints.runs import Run
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import FLOAT_DTYPES, Decoded, LoraMerged, Stored, Weight
-from fp4conv.pipeline import merging
+from fp4conv.pipeline import hints, merging
 from fp4conv.pipeline.factors import Factors
+from fp4conv.pipeline.hint_log import HintLog
 from fp4conv.pipeline.matrices import Array, Scratch, at, position, read_rows, rows_shape, write_rows
 from fp4conv.plan import Action, Output, Plan, Span, Step, Unit
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
+
+_LARGEST_E4M3 = 0x7E  # the byte of 448; above it are NaN and what has a sign
 
 
 @dataclass(frozen=True)
 class TensorScale:
     """The scale of a set: `value`, and `exponent` where it is a power of two chosen for MXFP4 sources.
 
-    `trained`: step -> the scale that its own frozen amax gives, which training's forward pass used.
+    `trained`: step -> the scale that its own frozen amax gives, which training's forward pass used. `hinted`: step ->
+    the scalar of its round-trip hint where those of the set fit, empty where they do not, None where there are none.
     """
 
     value: float
     exponent: int | None = None
     trained: Mapping[str, float] = field(default_factory=dict)
+    hinted: Mapping[str, float] | None = None
 
 
 # What one piece counted, by the names in StepResult.
@@ -52,6 +58,7 @@ class Progress:
     rows: int = 0
     sums: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
+    runs: list[Run] = field(default_factory=list)
     remaining: int = 0
 
     def row_sums(self, name: str, unit: Unit) -> npt.NDArray[np.float64]:
@@ -73,6 +80,7 @@ class Bench:
     writers: Mapping[str, Writer]
     factors: Factors
     scales: dict[str, TensorScale] = field(default_factory=dict)
+    log: HintLog | None = None
 
 
 def work(bench: Bench, piece: Unit | Span, progress: Progress, scratch: Scratch) -> Counts:
@@ -110,8 +118,25 @@ def _compute_span(bench: Bench, span: Span, scratch: Scratch) -> int:
     bad = narrow(between, output.part.spec.dtype, out)  # type: ignore[arg-type]
     if bad >= 0:
         _refuse_overflow(weight, at(span.start + bad, weight.shape), float(between[bad]), output.part.spec.dtype)
+    if weight.name in bench.plan.hints.dense:
+        _check_unrounded(weight, between, out, output.part.spec.dtype, span.start)
     bench.writers[output.file].write(output.offset + span.start * out.itemsize, out)
     return count_nonfinite(values, ref.spec.dtype)
+
+
+def _check_unrounded(weight: Weight, values: Array, cast: Array, dtype: str, start: int) -> None:
+    """A tensor that goes back to the type that it had must not lose what it has got since."""
+    again = np.empty(values.shape, np.float32)
+    widen(cast, dtype, again)  # type: ignore[arg-type]
+    changed = np.flatnonzero((again != values) & ~np.isnan(values))
+    if changed.size:
+        where = at(start + int(changed[0]), weight.shape)
+        raise ValuesError(
+            f"the value at {where} is {float(values[changed[0]])!r}, which {dtype} cannot hold; round-trip hints "
+            f"say that this tensor was {dtype}, so it has changed since",
+            where=weight.name,
+            hint="keep the type that it has now, and go without hints: --no-hints",
+        )
 
 
 def _read_span(bench: Bench, ref: TensorRef, span: Span, scratch: Scratch) -> Array:
@@ -175,16 +200,25 @@ def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: S
     assert plan.rule is not None
     scale = bench.scales[step.group] if step.group else TensorScale(_kept_scale(bench, step, rows))
     coding = Coding(plan.rule, plan.ties, scale.value)
-    outputs, codes = _codes_out(step, unit, scratch)
+    outputs, codes = codes_out(step, unit, scratch)
+    hint = plan.hints.weights.get(_weight(step).name) if isinstance(_weight(step).value, Stored) else None
+    if hint is not None and scale.hinted:
+        hints.restore_nvfp4(bench.reader, hint, hints.Encoding(unit, rows, codes, _tally(progress, unit)), scratch)
+        _write_codes(bench, outputs, codes, unit)
+        return {}
     bad = codec_named(step.target).encode(rows, coding, codes, _tally(progress, unit))
     if bad >= 0:
         refuse_nonfinite(_weight(step), position(unit, bad))
+    counts: Counts = {}
+    if hint is not None and hint.format is MXFP4:
+        done = hints.restore_mxfp4(bench.reader, hint, hints.Encoding(unit, rows, codes, _tally(progress, unit)))
+        counts = {"hints_used": done.used, "hints_stale": done.stale}
     _write_codes(bench, outputs, codes, unit)
     if step.merged is not None and step.merged.beside:
         _compare_with_adapter_beside(bench, unit, step.merged, (codes, coding), progress=progress, scratch=scratch)
     trained = scale.trained.get(step.key, scale.value)
     if trained == scale.value:
-        return {}
+        return counts
     return _compare_with_forward(unit, rows, codes, (coding, replace(coding, tensor_scale=trained)), progress)
 
 
@@ -213,8 +247,8 @@ def _merge(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Co
     return {}
 
 
-def _write_dense(bench: Bench, unit: Unit, rows: Rows, scratch: Scratch) -> None:
-    """F32 rows rounded to the dtype of the output, and written."""
+def _write_dense(bench: Bench, unit: Unit, rows: Rows, scratch: Scratch) -> Array:
+    """F32 rows rounded to the dtype of the output, and written. Returns what was written."""
     output, weight = unit.step.computed[0], _weight(unit.step)
     dtype = output.part.spec.dtype
     out = scratch.array("out", rows.array.shape, dtype)
@@ -224,6 +258,7 @@ def _write_dense(bench: Bench, unit: Unit, rows: Rows, scratch: Scratch) -> None
         n, k = (column, row) if rows.kn else (row, column)
         _refuse_overflow(weight, position(unit, n * weight.k + k), float(rows.array.reshape(-1)[bad]), dtype)
     write_rows(bench.writers, output, unit, out)
+    return out
 
 
 def _compare_with_adapter_beside(
@@ -277,15 +312,31 @@ def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) 
     out = scratch.array("out", rows_shape(weight, weight.elements, output.part.kn, unit), dtype)
     if dtype == "F16":
         wide = Rows(scratch.array("f32", out.shape, "F32"), output.part.kn)  # type: ignore[arg-type]
-        decode(bench, unit, wide, scratch)
-        _write_dense(bench, unit, wide, scratch)
+        codes = decode(bench, unit, wide, scratch)
+        written = _write_dense(bench, unit, wide, scratch)
+        widen(written, dtype, wide.array)  # type: ignore[arg-type]
+        _note_hints(bench, unit, codes, wide, progress)
         return {}
-    decode(bench, unit, Rows(out, output.part.kn), scratch)  # type: ignore[arg-type]
+    rows = Rows(out, output.part.kn)  # type: ignore[arg-type]
+    codes = decode(bench, unit, rows, scratch)
     write_rows(bench.writers, output, unit, out)
+    _note_hints(bench, unit, codes, rows, progress)
     return {}
 
 
-def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
+def _note_hints(bench: Bench, unit: Unit, codes: Codes, dense: Rows, progress: Progress) -> None:
+    """Log what `dense` (F16 widened again) does not tell of the codes that it was decoded from."""
+    value = _weight(unit.step).value
+    if bench.log is None or bench.plan.kept is None or unit.step.key not in bench.plan.kept.weights:
+        return
+    assert isinstance(value, Decoded)
+    scale = stored_tensor_scale(bench.reader, value)
+    run = hints.note(bench.log, hints.Decoding(unit, codes, dense, unit.step.target.upper(), scale))
+    if run is not None:
+        progress.runs.append(run)
+
+
+def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> Codes:
     """Decode the unit's rows of a quantised weight into `out`. ValuesError where a value is not finite."""
     weight = _weight(unit.step)
     codes = _codes_in(bench, unit, scratch)
@@ -300,6 +351,26 @@ def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> None:
             where=weight.name,
             hint="the checkpoint is damaged: download or export it again",
         )
+    if value.format.tensor_scale:
+        _refuse_negative_scales(weight, unit, codes)
+    return codes
+
+
+def _refuse_negative_scales(weight: Weight, unit: Unit, codes: Codes) -> None:
+    """E4M3 has a sign bit that no block scale uses; what a negative one would mean, programs do not agree on."""
+    if not codes.block_scale.size or codes.block_scale.max() <= _LARGEST_E4M3:
+        return
+    scales = codes.block_scale.T if codes.kn else codes.block_scale
+    row, block = (int(i) for i in np.argwhere(scales > _LARGEST_E4M3)[0])
+    byte = int(scales[row, block])
+    found = "NaN" if byte & 0x7F == 0x7F else "negative"
+    first = position(unit, row * weight.k + block * weight.k // scales.shape[1])
+    raise ValuesError(
+        f"the block scale of the values from {first} on is {found} (E4M3 byte 0x{byte:02X}); expected a finite one "
+        "without a sign",
+        where=weight.name,
+        hint="the checkpoint is damaged: download or export it again",
+    )
 
 
 def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
@@ -311,7 +382,7 @@ def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -
         decode(bench, unit, Rows(between), scratch)  # type: ignore[arg-type]
         return _encode(bench, unit, Rows(between), progress, scratch)  # type: ignore[arg-type]
     source, tally = _codes_in(bench, unit, scratch), _tally(progress, unit)
-    outputs, codes = _codes_out(step, unit, scratch)
+    outputs, codes = codes_out(step, unit, scratch)
     lossy = compiled.transcode_mxfp4_nvfp4(
         source.packed,
         source.block_scale,
@@ -364,7 +435,7 @@ def _codes_in(bench: Bench, unit: Unit, scratch: Scratch) -> Codes:
     return Codes(packed, scale, value.kn)  # type: ignore[arg-type]  # both are bytes, whatever dtype names them
 
 
-def _codes_out(step: Step, unit: Unit, scratch: Scratch) -> tuple[dict[str, Output], Codes]:
+def codes_out(step: Step, unit: Unit, scratch: Scratch) -> tuple[dict[str, Output], Codes]:
     outputs = {output.part.kind: output for output in step.computed}
     arrays = {}
     for kind in (PACKED, BLOCK_SCALE):

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from fp4conv.hints.runs import runs_from
+from fp4conv.hints.values import LOG
 from fp4conv.layouts.parts import TENSOR_SCALE
 from fp4conv.model import JSON
 from fp4conv.pipeline.factors import Factors
+from fp4conv.pipeline.hint_log import HintLog
 from fp4conv.pipeline.matrices import Scratch
 from fp4conv.pipeline.operations import Bench, Counts, Progress, TensorScale, work
-from fp4conv.pipeline.results import StepResult
+from fp4conv.pipeline.results import Outcome, StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
 from fp4conv.plan import Plan, ScaleOf, Span, Step, Unit, block_budget, reserved_bytes, units
@@ -29,12 +32,6 @@ from fp4conv.staging import Staging
 
 CHECKPOINT_SECONDS = 2.0
 _SCALE_KEY = "tensor scale of "
-
-
-@dataclass(frozen=True)
-class Outcome:
-    results: Mapping[str, StepResult]
-    resumed_steps: int
 
 
 @dataclass(frozen=True)
@@ -56,24 +53,37 @@ def run(
     with ExitStack() as stack:
         reader = stack.enter_context(plan.model.source.reader())
         out.start()
+        for name in plan.shards:
+            out.path(name).parent.mkdir(exist_ok=True)
         writers = {
             name: stack.enter_context(Writer(out.path(name), shard.nbytes)) for name, shard in plan.shards.items()
         }
-        finished = _trusted(plan, out.finished, writers)
+        log = HintLog(out.path(LOG)) if plan.kept else None
+        if log is not None:
+            stack.callback(log.close)
+        finished = _trusted(plan, out.finished, writers, log)
         for name, shard in plan.shards.items():
             writers[name].write(0, shard.header)
-        bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes))
+        bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes), {}, log)
         runner = _Runner(bench, out, budget, progress or (lambda _: None))
         runner.take_over(finished)
         runner.run(workers)
-        return Outcome(runner.results, len([key for key in finished if not key.startswith(_SCALE_KEY)]))
+        hinted = {group: scale.hinted for group, scale in runner.scales.items() if scale.hinted is not None}
+        used = sum(map(bool, hinted.values()))
+        split = tuple(sorted(group for group, members in hinted.items() if len(set(members.values())) > 1))
+        resumed = [key for key in finished if not key.startswith(_SCALE_KEY)]
+        return Outcome(runner.results, used, len(hinted) - used, len(resumed), split)
 
 
 def _trusted(
-    plan: Plan, finished: Mapping[str, Mapping[str, JSON]], writers: Mapping[str, Writer]
+    plan: Plan, finished: Mapping[str, Mapping[str, JSON]], writers: Mapping[str, Writer], log: HintLog | None
 ) -> dict[str, Mapping[str, JSON]]:
-    """What the journal says is done, without the steps of shard files that are gone."""
+    """What the journal says is done, without the steps of files that are gone."""
     lost = {step.key for step in plan.steps if any(not writers[output.file].reused for output in step.outputs)}
+    if log is not None:
+        runs = {key: runs_from(payload.get("runs")) for key, payload in finished.items() if key not in lost}
+        lost |= {key for key, found in runs.items() if not log.holds(found)}
+        log.go_on_after(run for key, found in runs.items() if key not in lost for run in found)
     return {key: payload for key, payload in finished.items() if key not in lost}
 
 
@@ -91,6 +101,10 @@ class _Runner:
         self._todo: Sequence[Step] = bench.plan.steps
         self._tasks = self._make_tasks()
         self.results: dict[str, StepResult] = {}
+
+    @property
+    def scales(self) -> Mapping[str, TensorScale]:
+        return self._bench.scales
 
     def take_over(self, finished: Mapping[str, Mapping[str, JSON]]) -> None:
         """Leave out what an earlier run has done, and count it as progress."""
@@ -111,7 +125,7 @@ class _Runner:
         for steps in self._clusters():
             group = steps[0].group
             if group and group not in self._bench.scales:
-                scan = self._scans[group] = Scan(group, steps, self._budget)
+                scan = self._scans[group] = Scan(group, steps, self._budget, self._bench.plan.hints.weights)
                 yield from (_Task(piece, scan) for piece in scan.pieces())
             yield from self._step_tasks(waiting)
             waiting = steps
@@ -160,7 +174,8 @@ class _Runner:
             raise self._errors[0]
 
     def _checkpoint(self) -> None:
-        self._out.checkpoint(*(writer.sync for writer in self._bench.writers.values()))
+        syncs = [writer.sync for writer in self._bench.writers.values()]
+        self._out.checkpoint(*syncs, *([self._bench.log.sync] if self._bench.log else []))
 
     def _work(self) -> None:
         scratch = Scratch()
@@ -205,7 +220,11 @@ class _Runner:
             return
         self._write_known(step)
         # fsum rounds once, so the order in which rows were done does not show
-        result = StepResult({name: math.fsum(rows.tolist()) for name, rows in state.sums.items()}, dict(state.counts))
+        result = StepResult(
+            {name: math.fsum(rows.tolist()) for name, rows in state.sums.items()},
+            dict(state.counts),
+            tuple(sorted(state.runs)),
+        )
         self.results[step.key] = result
         del self._states[step.key]
         self._out.record(step.key, result.payload())
@@ -218,7 +237,8 @@ class _Runner:
                 content = f32_bytes(scale_of(self._bench, output.origin))
             if output.part.kind == TENSOR_SCALE and output.origin is None:
                 assert step.group is not None
-                content = f32_bytes(self._bench.scales[step.group].value)
+                found = self._bench.scales[step.group]
+                content = f32_bytes((found.hinted or {}).get(step.key, found.value))
             if content is not None:
                 self._bench.writers[output.file].write(output.offset, content)
 
@@ -243,14 +263,18 @@ def f32_bytes(value: float) -> bytes:
 
 def _scale_payload(scale: TensorScale) -> dict[str, JSON]:
     trained: dict[str, JSON] = {key: value.hex() for key, value in scale.trained.items()}
-    return {"value": scale.value.hex(), "exponent": scale.exponent, "trained": trained}
+    payload: dict[str, JSON] = {"value": scale.value.hex(), "exponent": scale.exponent, "trained": trained}
+    hinted = scale.hinted
+    payload["hinted"] = None if hinted is None else {key: value.hex() for key, value in hinted.items()}
+    return payload
 
 
 def _scale_from(payload: Mapping[str, JSON]) -> TensorScale:
-    exponent, trained = payload["exponent"], payload["trained"]
+    exponent, trained, hinted = payload["exponent"], payload["trained"], payload.get("hinted")
     assert isinstance(trained, dict)
     return TensorScale(
         float.fromhex(str(payload["value"])),
         exponent if isinstance(exponent, int) else None,
         {key: float.fromhex(str(value)) for key, value in trained.items()},
+        {key: float.fromhex(str(value)) for key, value in hinted.items()} if isinstance(hinted, dict) else None,
     )

@@ -7,15 +7,21 @@ most blocks exactly. Maxima and integer counts do not depend on the order in whi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from fp4conv.codecs.dense import widen
 from fp4conv.codecs.nvfp4 import tensor_scale
+from fp4conv.formats import NVFP4
+from fp4conv.hints.values import Hint
 from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
 from fp4conv.model import Decoded, Stored, Weight
+from fp4conv.pipeline.hints import Encoding, hinted_tensor_scale, restore_nvfp4
 from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
-from fp4conv.pipeline.operations import Bench, TensorScale, read_values, refuse_nonfinite
+from fp4conv.pipeline.operations import Bench, TensorScale, codes_out, read_values, refuse_nonfinite
 from fp4conv.pipeline.scalars import frozen_amax
 from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
 from fp4conv.safetensors_io import DTYPE_BYTES
@@ -24,14 +30,15 @@ from fp4conv.safetensors_io import DTYPE_BYTES
 class Scan:
     """The search for one set's tensor scale. Workers `look` at pieces; whoever did the last one `finish`es."""
 
-    def __init__(self, group: str, steps: Sequence[Step], budget: int) -> None:
+    def __init__(self, group: str, steps: Sequence[Step], budget: int, hints: Mapping[str, Hint]) -> None:
         self.group = group
         self.steps = steps
         self.ready = threading.Event()
         self._closed_form = all(isinstance(_weight(step).value, Decoded) for step in steps)
         self._amax: dict[str, float] = dict.fromkeys((step.key for step in steps), 0.0)
         self._starts, self._ends = new_window_counts()
-        self._pieces = tuple(piece for step in steps for piece in _scan_pieces(step, budget))
+        self._hints, self._stale = _hints_of_set(steps, hints)
+        self._pieces = tuple(piece for step in steps for piece in _scan_pieces(step, budget, bool(self._hints)))
         self._remaining = len(self._pieces)
         self._lock = threading.Lock()
 
@@ -46,6 +53,8 @@ class Scan:
             amax = frozen_amax(bench, step.amax)
         elif isinstance(piece, Span):
             amax = _dense_amax(bench, piece, scratch)
+        elif self._hints:
+            amax = self._check_hint(bench, piece, scratch)
         elif self._closed_form:
             self._count_windows(bench, piece, scratch)
         else:
@@ -59,6 +68,16 @@ class Scan:
             self._amax[step.key] = max(self._amax[step.key], amax)
             self._remaining -= 1
             return self._scale(bench) if self._remaining == 0 else None
+
+    def _check_hint(self, bench: Bench, unit: Unit, scratch: Scratch) -> float:
+        """The amax of a dense unit; on the way, whether its hint gives these values back."""
+        rows = read_values(bench, unit, scratch)
+        if not self._stale:
+            codes = codes_out(unit.step, unit, scratch)[1]
+            hint = self._hints[unit.step.key]
+            if restore_nvfp4(bench.reader, hint, Encoding(unit, rows, codes), scratch).stale:
+                self._stale = True
+        return _finite_amax(_weight(unit.step), rows.array, unit)
 
     def _count_windows(self, bench: Bench, unit: Unit, scratch: Scratch) -> None:
         value = _weight(unit.step).value
@@ -80,7 +99,13 @@ class Scan:
         rule = bench.plan.rule
         assert rule is not None
         trained = {step.key: tensor_scale(self._amax[step.key], rule) for step in self.steps if step.amax}
-        return TensorScale(tensor_scale(max(self._amax.values()), rule), trained=trained)
+        found = tensor_scale(max(self._amax.values()), rule)
+        if self._stale:
+            return TensorScale(found, trained=trained, hinted={})
+        if not self._hints:
+            return TensorScale(found, trained=trained)
+        hinted = {key: hinted_tensor_scale(bench.reader, hint) for key, hint in self._hints.items()}
+        return TensorScale(found, hinted=hinted)
 
 
 def _weight(step: Step) -> Weight:
@@ -88,12 +113,33 @@ def _weight(step: Step) -> Weight:
     return step.weight
 
 
-def _scan_pieces(step: Step, budget: int) -> Iterator[Unit | Span]:
+def _hints_of_set(steps: Sequence[Step], hints: Mapping[str, Hint]) -> tuple[dict[str, Hint], bool]:
+    """(step -> the hint of its weight, where every weight of a set of dense ones has one; whether just some have)."""
+    found: dict[str, Hint] = {}
+    for step in steps:
+        weight = _weight(step)
+        hint = hints.get(weight.name)
+        if hint is None or hint.format is not NVFP4 or step.amax is not None or not isinstance(weight.value, Stored):
+            return {}, any(_weight(each).name in hints for each in steps)
+        found[step.key] = hint
+    return found, False
+
+
+def _finite_amax(weight: Weight, values: npt.NDArray[np.generic], unit: Unit) -> float:
+    amax, bad = compiled.amax(values)  # type: ignore[arg-type]
+    if bad >= 0:
+        row, column = divmod(bad, values.shape[1])
+        n, k = (column, row) if weight.kn else (row, column)
+        refuse_nonfinite(weight, position(unit, n * weight.k + k))
+    return float(amax)
+
+
+def _scan_pieces(step: Step, budget: int, by_rows: bool) -> Iterator[Unit | Span]:
     weight = _weight(step)
     if step.amax is not None or not weight.elements:
         yield Span(step, 0, 0, 0)
         return
-    if not isinstance(weight.value, Stored):
+    if by_rows or not isinstance(weight.value, Stored):
         yield from matrix_units(step, budget)
         return
     chunk = min(budget, UNIT_BYTES) // 8

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from fp4conv.model import JSON
+from fp4conv.report.hints import HintsResult
 from fp4conv.servers import Verdict
 
 
@@ -46,6 +47,7 @@ class ConvertResult:
     per_tensor: Mapping[str, float | None]
     forward_difference: ForwardDifference | None
     beside_sqnr_db: float | None
+    hints: HintsResult
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
     dry_run: bool = False
@@ -68,6 +70,7 @@ class ConvertResult:
             "merged": dict(self.merged),
             "forward_difference": asdict(self.forward_difference) if self.forward_difference else None,
             "beside_sqnr_db": self.beside_sqnr_db,
+            "hints": self.hints.to_json(),
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
             "dry_run": self.dry_run,

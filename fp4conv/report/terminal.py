@@ -12,9 +12,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Action, Plan
 from fp4conv.report.converted import ConvertResult
 from fp4conv.report.facts import Inspected, TensorFacts
+from fp4conv.report.hints import HintsResult, part_bytes
 from fp4conv.servers import Verdict
 from fp4conv.sizes import format_size
 from fp4conv.training_rules import taken_as
@@ -50,9 +52,9 @@ def grid(*alignments: str) -> Table:
 
 def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType:
     """The plan of a dry run: tensors by action, sizes, shards, disk, memory, servers."""
-    counts = Counter((step.action, step.target) for step in plan.steps)
+    counts = Counter((step.action, step.target) for step in plan.model_steps)
     written: Counter[tuple[Action, str]] = Counter()
-    for step in plan.steps:
+    for step in plan.model_steps:
         written[step.action, step.target] += step.bytes_written
     actions = grid("<", ">", "<", ">")
     for (action, target), count in sorted(counts.items(), key=lambda item: -written[item[0]]):
@@ -63,17 +65,32 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
     kind = f"{taken_as(model)}, {model.layout} layout, family {model.family.name}"
     rule = f", scale rule {plan.rule.value}" if plan.rule else ""
     twice = f", {format_size(plan.scan_bytes)} of it twice" if plan.scan_bytes else ""
-    shards = f"{len(plan.shards):,} shard{'s' if len(plan.shards) > 1 else ''}"
+    count = sum(not name.startswith(BESIDE) for name in plan.shards)
+    shards = f"{count:,} shard{'s' if count > 1 else ''}"
     facts.add_row("source", f"{model.source.name}  ({kind})")
     facts.add_row("target", f"{plan.target}, {plan.layout} layout{rule}")
     facts.add_row("reads", format_size(plan.bytes_read) + twice)
     facts.add_row("writes", f"{format_size(plan.total_bytes)} in {shards} and {len(plan.files)} small files")
-    disk = Text(f"needs {format_size(plan.total_bytes)}, {format_size(free_bytes)} free")
-    if plan.total_bytes > free_bytes:
+    if words := _kept_words(plan):
+        facts.add_row("hints", words)
+    disk = Text(f"needs {format_size(plan.disk_bytes)}, {format_size(free_bytes)} free")
+    if plan.disk_bytes > free_bytes:
         disk.append(": not enough", style="bold red")
     facts.add_row("disk", disk)
     facts.add_row("memory", f"at most {format_size(peak_bytes)}")
     return Group(facts, Text(), Text("tensors"), actions, Text(), *servers_view(plan.servers))
+
+
+def _kept_words(plan: Plan) -> str:
+    """What round-trip hints will take beside a dense result, or that there are some to go by."""
+    fixed = part_bytes(plan)
+    if plan.kept is not None:
+        most = format_size(fixed + plan.kept.record_bytes // 2)
+        rare = format_size(plan.kept.code_bytes // 2)
+        return f"in fp4conv/, at most {most} (and {rare} if no value told its code); --no-hints leaves them out"
+    if fixed:
+        return f"{format_size(fixed)} in fp4conv/ come along"
+    return f"of {len(plan.hints.weights):,} weights, where they still fit" if plan.hints else ""
 
 
 def servers_view(servers: Sequence[Verdict]) -> list[RenderableType]:
@@ -147,6 +164,8 @@ def convert_view(result: ConvertResult) -> RenderableType:
     facts.add_row("size", f"{sizes}, in {result.seconds:.1f} s ({format_size(rate)}/s)")
     facts.add_row("memory", f"{format_size(result.peak_rss_bytes)} at the most")
     facts.add_row("error", error_words(result))
+    if words := hint_words(result.hints):
+        facts.add_row("hints", words)
     return Group(facts, Text(), *merged_view(result), *servers_view(result.servers))
 
 
@@ -173,6 +192,21 @@ def merged_view(result: ConvertResult) -> list[RenderableType]:
         change = " to ".join(f"{size:.2%}" for size in sorted({min(known), max(known)})) if known else "replaced"
         table.add_row(Text(name), "" if few else f"{len(sizes):,}", change)
     return [Text("merged (norm of the change against that of the tensor)"), table, Text()]
+
+
+def hint_words(hints: HintsResult) -> str:
+    """What is kept for the way back, or what came of it; empty where there are no hints."""
+    words = []
+    if hints.kept_bytes:
+        words.append(f"{format_size(hints.kept_bytes)} in fp4conv/, so that the way back gives the same bytes")
+    for used, stale, what in (
+        (hints.blocks_used, hints.blocks_stale, "blocks"),
+        (hints.sets_used, hints.sets_stale, "sets that share a tensor scale"),
+    ):
+        if used or stale:
+            changed = f"; {stale:,} have changed since, and were quantised anew" if stale else ""
+            words.append(f"{used:,} {what} have their old bytes back{changed}")
+    return "; ".join(words)
 
 
 def error_words(result: ConvertResult) -> str:

@@ -14,7 +14,8 @@ from fp4conv.model import JSON
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-_MODULE_FOLDER = re.compile(r"\d+_\w+")  # sentence-transformers numbers the modules of its pipeline
+# sentence-transformers numbers the modules of its pipeline; fp4conv/ holds round-trip hints.
+_KNOWN_FOLDER = re.compile(r"\d+_\w+|fp4conv")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FileEntry:
 
 
 def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
-    """The regular files at the top and in sentence-transformers' module folders ('1_Pooling/config.json').
+    """The regular files at the top, in sentence-transformers' module folders ('1_Pooling/config.json') and in fp4conv/.
 
     In natural order, with a warning for each link that leads elsewhere.
     """
@@ -47,8 +48,8 @@ def list_files(root: Path) -> tuple[tuple[FileEntry, ...], tuple[str, ...]]:
             if not path.is_dir():
                 warnings.append(f"{path.name}: left out, it is a link that leads out of the folder")
             continue
-        if _MODULE_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            inside = [file for file in sorted(path.iterdir()) if file.is_file() and not file.is_symlink()]
+        if _KNOWN_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            inside = [file for file in sorted(path.iterdir()) if file.is_file() and _stays_inside(file)]
             entries += [_entry(file, f"{path.name}/{file.name}") for file in inside]
         elif stat.S_ISREG(path.stat().st_mode):
             entries.append(_entry(path, path.name))
@@ -66,6 +67,10 @@ def _bad_link(path: Path) -> SourceError:
         return SourceError(f"is a link to {path.readlink()}, which is not there", where=path.name, hint=hint)
     hint = "Replace the link by the file, or give the folder where the files are."
     return SourceError(f"is a link that leads out of the folder, to {path.readlink()}", where=path.name, hint=hint)
+
+
+def _stays_inside(path: Path) -> bool:
+    return not path.is_symlink() or _link_is_safe(path)
 
 
 def _link_is_safe(path: Path) -> bool:
