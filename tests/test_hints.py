@@ -538,3 +538,34 @@ def test_a_block_scale_with_a_sign_is_refused(tmp_path: Path, byte: int, to: str
     source = write_model(tmp_path / "src", tensors)
     with pytest.raises(ValuesError, match=rf"{module}.weight: .*\[2, 16\]"):
         fp4conv.convert(source, tmp_path / "out", to=to)
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("touched", ["self_attn", "q_proj", ""])
+def test_what_no_adapter_touched_comes_back(reference: Reference, tmp_path: Path, touched: str) -> None:
+    """Merged before the way back or on it: sets with a merged member are quantised anew, and none stays dense."""
+    source, adapter = reference("llama-nvfp4-default"), tmp_path / "adapter"
+    theirs = reference("lora-variants/llama-patterns") / "adapter"
+    adapter.mkdir()
+    raw = {name: array_of(value) for name, value in read_raw(theirs).items() if touched in name}
+    write_shard(adapter / "adapter_model.safetensors", raw)
+    config = json.loads((theirs / "adapter_config.json").read_text())
+    targets = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in raw})
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    fp4conv.convert(source, tmp_path / "merged", to="bf16", lora=[adapter])
+    first = fp4conv.convert(tmp_path / "merged", tmp_path / "a", to="nvfp4")
+    fp4conv.convert(source, tmp_path / "dense", to="bf16")
+    second = fp4conv.convert(tmp_path / "dense", tmp_path / "b", to="nvfp4", lora=[adapter])
+    before = read_raw(source)
+    merged = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in raw}
+    parents = {f"{module.rpartition('.')[0]}." for module in merged}
+    for result, folder in ((first, "a"), (second, "b")):
+        after = read_raw(tmp_path / folder)
+        assert {name: value[:2] for name, value in after.items()} == {name: value[:2] for name, value in before.items()}
+        changed = {name.rpartition(".")[0] for name in after if after[name] != before[name]}
+        assert merged <= changed
+        assert all(any(name.startswith(parent) for parent in parents) for name in changed)
+        assert (result.hints.sets_used > 0) == bool(touched)
+        assert config_of(tmp_path / folder)["quantization_config"]["quant_algo"] == "NVFP4"  # type: ignore[index]

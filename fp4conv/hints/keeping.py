@@ -42,7 +42,9 @@ class Beside:
 def with_hints(model: Model, steps: tuple[Step, ...], shards: Mapping[str, ShardLayout], version: str) -> Beside:
     """What a conversion to a dense format keeps of the formats that it decodes; or what a dense source kept itself."""
     decoded = {step.key: step.weight for step in steps if _is_hinted(step) and step.weight}
-    return _keep(model, decoded, steps, shards, version) if decoded else _carry(model.source, steps, shards)
+    if any(isinstance(weight.base, Decoded) for weight in model.weights):
+        return _keep(model, decoded, steps, shards, version)
+    return _carry(model.source, steps, shards)
 
 
 def _keep(

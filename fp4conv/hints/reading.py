@@ -64,12 +64,10 @@ def read_hints(model: Model, format_name: str) -> tuple[Hints, tuple[str, ...]]:
             hints[name] = _hint(name, found, refs)
         else:
             strange.append(name)
+    merged = frozenset(n for n, was in _mapping(facts, "merged").items() if was == format_name and n in weights)
     warnings = _warnings(format_name, hints, strange, others)
-    if not hints or strange:
+    if strange or not (hints or merged):
         return Hints(), warnings
-    merged = frozenset(
-        name for name, was in _mapping(facts, "merged").items() if was == format_name and name in weights
-    )
     return replace(_assemble(facts, hints, refs, files), merged=merged), warnings
 
 

@@ -86,7 +86,7 @@ class Hints:
         return frozenset(self.weights) | self.merged
 
     def __bool__(self) -> bool:
-        return bool(self.weights)
+        return bool(self.weights or self.merged)
 
 
 @dataclass(frozen=True)
