@@ -12,11 +12,12 @@ from pathlib import Path
 
 from fp4conv.errors import OutputError
 from fp4conv.safetensors_io import Writer, lay_out
+from fp4conv.synthetic.adapter import adapter_tensors, write_config
 from fp4conv.synthetic.companions import companion_files
 from fp4conv.synthetic.shapes import FAMILIES, FORMATS, Geometry, Tensor, fit, model_tensors
 from fp4conv.synthetic.values import Values
 
-__all__ = ["FAMILIES", "FORMATS", "write_checkpoint"]
+__all__ = ["FAMILIES", "FORMATS", "write_adapter", "write_checkpoint"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 SHARDS = 4  # at least, so that a small checkpoint is a sharded one too
@@ -52,6 +53,13 @@ def write_checkpoint(
     for name, text in files.items():
         (out / name).write_text(text, encoding="utf-8")
     return geometry
+
+
+def write_adapter(out: Path, geometry: Geometry, *, rank: int = 8, seed: int = 0) -> None:
+    """Write to the new folder `out` a LoRA adapter of attention and experts that fits a gpt-oss checkpoint."""
+    out.mkdir(parents=True)
+    write_shard(out / "adapter_model.safetensors", adapter_tensors(geometry, rank), Values(seed))
+    write_config(out, rank)
 
 
 def share_out(tensors: Sequence[Tensor], max_shard_bytes: int) -> list[list[Tensor]]:
