@@ -180,7 +180,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(step.bytes_read for step in self.steps) + self.scan_bytes
+        return sum(step.bytes_read for step in self.steps) + self.scan_bytes + self.adapter_bytes
 
     @property
     def scan_bytes(self) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
-from fp4conv.model import Decoded, Model, Weight
+from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, MergeRounding, ScaleRule, Ties
+from fp4conv.model import Decoded, LoraMerged, Model, Weight
 from fp4conv.safetensors_io import TensorRef
 
 FORWARD_RULES: Mapping[str, ScaleRule] = {MXFP4.name: ScaleRule.RCEIL, NVFP4.name: ScaleRule.AMAX}
@@ -45,6 +45,8 @@ def frozen_amax(model: Model, weight: Weight, target: BlockFormat, rule: ScaleRu
 
 def training_notes(model: Model, target: BlockFormat | None, rule: ScaleRule | None, ties: Ties) -> list[str]:
     """Warnings about each way in which the result is not what was trained."""
+    if any(adapter.trained for adapter in model.adapters):
+        return _adapter_notes(model, target, rule, ties)
     formats = trained_formats(model)
     if not formats:
         return []
@@ -65,4 +67,26 @@ def training_notes(model: Model, target: BlockFormat | None, rule: ScaleRule | N
     others = sorted(formats - {target.name})
     if others:
         notes.append(f"some weights were trained for {', '.join(others)}: theirs are other values than were trained")
+    return notes
+
+
+def _adapter_notes(model: Model, target: BlockFormat | None, rule: ScaleRule | None, ties: Ties) -> list[str]:
+    """The same for adapters of LoRA-QAT, whose state is a pickle that is not opened: it may name another format."""
+    if target is None:
+        return ["the adapter was trained with fake quantisers: the result holds the merged weights unquantised"]
+    notes = []
+    rounding = next((w.value.rounding for w in model.weights if isinstance(w.value, LoraMerged)), None)
+    if rounding is not None and rounding is not MergeRounding.TRAINING:
+        notes.append(
+            f"--merge-rounding {rounding.value} gives other values than were trained, whose sum is rounded once"
+        )
+    if rule is not FORWARD_RULES[target.name]:
+        forward, chosen = FORWARD_RULES[target.name].value, rule.value if rule else "none"
+        notes.append(f"--scale-rule {chosen} gives other values than were trained, whose rule is {forward}")
+    if ties is Ties.DOWN:
+        notes.append("--ties down gives other values than were trained: the forward pass rounds half to even")
+    if target is NVFP4:
+        notes.append(
+            "the amax that training froze lies in a pickle that is not opened: tensor scales follow from the values"
+        )
     return notes

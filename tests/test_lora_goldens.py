@@ -138,6 +138,37 @@ def test_lora_qat_is_merged_as_its_forward_pass_by_default(reference: Reference,
         assert (found != expected).mean() <= SHARE
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"to": "mxfp4"}, []),
+        ({"to": "bf16"}, ["unquantised"]),
+        ({"to": "nvfp4"}, ["not opened"]),
+        ({"to": "mxfp4", "merge_rounding": "peft"}, ["--merge-rounding peft"]),
+        ({"to": "mxfp4", "scale_rule": "mse", "ties": "down"}, ["--scale-rule mse", "--ties down"]),
+    ],
+)
+def test_what_departs_from_training_is_said(
+    reference: Reference, tmp_path: Path, options: dict[str, str], words: list[str]
+) -> None:
+    adapter = trained_adapter(reference("gptoss-lora-qat"), tmp_path / "adapter")
+    result = fp4conv.convert(reference("gptoss-bf16"), tmp_path / "out", lora=[adapter], **options)  # type: ignore[arg-type]
+    told = [warning for warning in result.warnings if "train" in warning]
+    assert len(told) == len(words), told
+    for word, warning in zip(words, told, strict=True):
+        assert word in warning
+
+
+def test_another_tokenizer_is_worth_a_word(reference: Reference, tmp_path: Path) -> None:
+    adapter = shutil.copytree(reference("gptoss-lora-qat"), tmp_path / "adapter")
+    base = reference("gptoss-bf16")
+    shutil.copyfile(base / "tokenizer.json", adapter / "tokenizer.json")
+    (adapter / "chat_template.jinja").write_text("another")
+    result = fp4conv.merge_lora(base, adapter, tmp_path / "out")
+    assert any("another chat_template.jinja than the base" in warning for warning in result.warnings)
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+
+
 def test_rounding_modes_differ(reference: Reference, tmp_path: Path) -> None:
     base, adapter = reference("gptoss-bf16"), reference("gptoss-lora-qat")
     results = {}

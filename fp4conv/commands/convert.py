@@ -316,7 +316,7 @@ def _result(
         converted=len(plan.model_steps) - plan.count(Action.COPY),
         copied=plan.count(Action.COPY),
         merged=_merged(plan, measured),
-        bytes_read=plan.bytes_read + plan.adapter_bytes,
+        bytes_read=plan.bytes_read,
         bytes_written=plan.total_bytes - part_bytes(plan) + hints.kept_bytes,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),

@@ -19,6 +19,7 @@ from fp4conv.safetensors_io import TensorRef
 
 # What LoRA-QAT with ModelOpt leaves beside an adapter. Their presence is all that is looked at.
 _TRAINING_STATES = ("peft_modelopt_state.pth", "quantizer_state_dict.pth", "modelopt_state_train.pth")
+_COMPANIONS = ("chat_template.jinja", "tokenizer.json")
 _WRONG_BASE = "is this the base that the adapter was trained on?"
 
 
@@ -40,6 +41,7 @@ def merge(model: Model, adapters: Sequence[Source], rounding: MergeRounding | No
     for adapter in adapters:
         _Merge(weights, adapter, rounding).run()
         notes += [f"{adapter.name}: {note}" for note in adapter.warnings]
+        notes += _companion_notes(model.source, adapter)
         notes += _tied_notes(model, weights)
     return replace(
         model,
@@ -237,6 +239,19 @@ class _Merge:
         linear = any(isinstance(delta, LowRank) and delta.linear for delta in deltas)
         value = LoraMerged(base, deltas, self._rounding, dtype, beside=self._trained and linear)
         self._weights[weight.name] = replace(weight, value=value)
+
+
+def _companion_notes(base: Source, adapter: Source) -> Iterable[str]:
+    """A word where the adapter was trained with another tokenizer or chat template than the one that goes along."""
+    here = {file.name: file.nbytes for file in base.files}
+    other = [
+        file.name
+        for file in adapter.files
+        if file.name in _COMPANIONS
+        and (here.get(file.name) != file.nbytes or base.read_bytes(file.name) != adapter.read_bytes(file.name))
+    ]
+    if other:
+        yield f"{adapter.name} has another {' and '.join(other)} than the base, whose files go along"
 
 
 def _tied_notes(model: Model, weights: Mapping[str, Weight]) -> Iterable[str]:
