@@ -30,29 +30,39 @@ class Role(str, Enum):
     CONV = "conv"
     SSM = "ssm"
     ABSORBED = "absorbed"
+    ADAPTER = "adapter"
     EXPERT = "expert"
     ATTENTION = "attention"
     MLP = "mlp"
     OTHER = "other"
 
 
-def _part(words: str) -> re.Pattern[str]:
-    """Matches a dotted name that has one of `words` (a regex alternation) as a whole part."""
-    return re.compile(rf"(^|\.)({words})(\.|$)")
+def _part(words: str, *, top: str = "") -> re.Pattern[str]:
+    """Matches a dotted name that has one of `words` (a regex alternation) as a whole part, or is one of `top`."""
+    whole = rf"|^(model\.)?({top})$" if top else ""
+    return re.compile(rf"(^|\.)({words})(\.|$){whole}")
 
 
 # The first row that matches a module's dotted name decides its role. Towers come first: what is inside
 # one is the tower's, whatever its own name.
 ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
+    (Role.ADAPTER, _part(r"lora_\w+|base_layer|modules_to_save|original_module")),
     (
         Role.VISION,
-        _part(r"vision_tower|vision_model|visual|vision_encoder|image_encoder|image_newline|vision_embed_tokens"),
+        _part(
+            r"vision_tower|vision_model|vision|visual|vision_encoder|image_encoder|image_tower|image_newline|"
+            r"vision_embed_tokens|vpm|vit|patch_embed\w*"
+        ),
     ),
-    (Role.AUDIO, _part(r"audio_tower|audio_model|audio_encoder|speech_encoder|audio_encoder_layer")),
+    (
+        Role.AUDIO,
+        _part(r"audio_tower|audio_model|audio|audio_encoder|speech_encoder|audio_encoder_layer|apm"),
+    ),
     (
         Role.PROJECTOR,
         _part(
-            r"multi_modal_projector|mm_projector|connector|merger|aligner|embed_vision|embed_audio|vision_projection"
+            r"multi_modal_projector|mm_projector|projector|connector|merger|aligner|embed_vision|embed_audio|"
+            r"vision_projection|vision_language_adapter|vision_adapter|resampler|perceiver\w*|mlp1"
         ),
     ),
     (Role.MTP, _part(r"mtp|nextn|eh_proj|shared_head")),
@@ -61,9 +71,19 @@ ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (Role.NORM, _part(r"\w*[nN]orm\w*|ln_?\w{0,2}|\w+_ln")),
     (
         Role.EMBEDDING,
-        _part(r"embed_tokens\w*|embeddings?|wte|wpe|tok_embeddings|embed_positions|embed_in|\w+_embeddings?|shared"),
+        _part(
+            r"embed_tokens\w*|embeddings?|wte|wpe|tok_embeddings|embed_positions|embed_in|\w+_embeddings?|"
+            r"relative_attention_bias",
+            top=r"shared",
+        ),
     ),
-    (Role.HEAD, _part(r"lm_head|output_layer|embed_out|score|classifier|qa_outputs|pooler|cls|value_head")),
+    (
+        Role.HEAD,
+        # InternLM2 and Meta's own names call the head 'output', which inside a layer is a part of BERT's MLP.
+        _part(
+            r"lm_head|output_layer|embed_out|score|classifier|qa_outputs|pooler|cls|value_head", top="output|proj_out"
+        ),
+    ),
     (Role.ROUTER, _part(r"router|gate|shared_expert_gate|indexer")),
     (Role.ABSORBED, _part(r"kv_b_proj")),
     (Role.EXPERT, re.compile(r"(^|\.)experts\.(\d+\.)?\w+")),
@@ -83,6 +103,7 @@ EXCLUDED: Mapping[Role, str] = {
     Role.MTP: "multi-token-prediction heads",
     Role.CONV: "convolutions",
     Role.SSM: "state-space parameters",
+    Role.ADAPTER: "an adapter's tensors inside the model, and what they are added to",
     Role.ABSORBED: "DeepSeek's kv_b_proj: servers split it by heads (SGLang as if it were dense)",
 }
 
@@ -138,7 +159,12 @@ FAMILIES: tuple[Family, ...] = (
 )
 UNKNOWN = Family("unknown", ())
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Layers of the language model itself: what num_hidden_layers counts, and no tower's or encoder's.
+_LAYER = re.compile(r"^(?:(?:model|language_model)\.)*layers\.(\d{1,6})\.")
+
+# Models that store linear weights [in, out] (transformers' Conv1D), and the modules that are such.
+IN_OUT_MODEL_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+IN_OUT_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 def family_of(names: Iterable[str]) -> Family:
@@ -158,13 +184,9 @@ def module_of(tensor_name: str) -> str:
 def role_of(module: str, layers: int | None = None) -> Role:
     """The role of a module. A layer past `layers` (config num_hidden_layers) is a prediction head (DeepSeek's MTP)."""
     found = _LAYER.search(module)
-    if layers and found and int(found[1]) >= layers and not _is_tower(module):
+    if layers and found and int(found[1]) >= layers:
         return Role.MTP
     return next((role for role, pattern in ROLES if pattern.search(module)), Role.OTHER)
-
-
-def _is_tower(module: str) -> bool:
-    return any(pattern.search(module) for role, pattern in ROLES if role in (Role.VISION, Role.AUDIO))
 
 
 def shared_set_of(module: str) -> str | None:

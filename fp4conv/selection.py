@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp4conv.errors import PlanError, UsageError
-from fp4conv.families import EXCLUDED, SCOPES, Role, shared_set_of
+from fp4conv.families import EXCLUDED, IN_OUT_LEAVES, IN_OUT_MODEL_TYPES, SCOPES, Role, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, BlockFormat
 from fp4conv.layouts import Layout
 from fp4conv.model import Decoded, Model, Weight
@@ -96,10 +96,10 @@ def _check_layout(model: Model, layout: Layout, chosen: Sequence[Weight]) -> Non
 def _check_orientation(model: Model, chosen: Sequence[Weight]) -> None:
     """Refuse [in, out] matrices, such as GPT-2's Conv1D: their blocks would run along the wrong axis.
 
-    Told by the bias, which has one value for each output, or by an adapter (fan_in_fan_out): so the name of no model
-    class is needed.
+    Told by the bias, which has one value for each output, by an adapter (fan_in_fan_out), or by the model's type.
     """
     shapes = {weight.name: weight.shape for weight in model.weights}
+    turned = next((weight for weight in model.weights if _is_turned(weight, shapes)), None)
     for weight in chosen:
         if len(weight.shape) == 2 and weight.kn:
             raise PlanError(
@@ -108,14 +108,37 @@ def _check_orientation(model: Model, chosen: Sequence[Weight]) -> None:
                 where=weight.name,
                 hint="leave them out with --exclude 'GLOB'",
             )
-        bias = shapes.get(f"{weight.module}.bias")
-        if len(weight.shape) == 2 and bias is not None and bias != (weight.n,):
+        if reason := _in_out_reason(model, weight, shapes, turned):
             raise PlanError(
-                f"its shape {list(weight.shape)} and that of its bias {list(bias)} say that it is not stored "
-                "[out, in], as GPT-2's Conv1D is not: fp4conv does not quantise such matrices",
+                f"{reason}: fp4conv quantises matrices [out, in] only",
                 where=weight.name,
                 hint="leave them out with --exclude 'GLOB'",
             )
+
+
+def _in_out_reason(
+    model: Model, weight: Weight, shapes: Mapping[str, tuple[int, ...]], turned: Weight | None
+) -> str | None:
+    """Why `weight` is or may be stored [in, out], or None. `turned`: a matrix of the model that is so by its bias."""
+    if len(weight.shape) == 3:
+        bias = shapes.get(f"{weight.name}_bias")
+        if bias is not None and bias != (weight.matrices, weight.n):
+            return f"its shape {list(weight.shape)} and that of its bias {list(bias)} do not fit [E, in, out]"
+        return None
+    bias = shapes.get(f"{weight.module}.bias")
+    if bias is not None and bias != (weight.n,):
+        return f"its shape {list(weight.shape)} and that of its bias {list(bias)} say that it is [in, out]"
+    if turned is not None and (bias is None or weight.n == weight.k):
+        return f"{turned.name} is [in, out] by its bias, as in GPT-2's Conv1D, and of this one nothing tells"
+    leaf = weight.module.rpartition(".")[2]
+    if model.config.get("model_type") in IN_OUT_MODEL_TYPES and leaf in IN_OUT_LEAVES:
+        return f"models of type {model.config['model_type']} store it [in, out]"
+    return None
+
+
+def _is_turned(weight: Weight, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    bias = shapes.get(f"{weight.module}.bias")
+    return len(weight.shape) == 2 and weight.is_matrix and bias == (weight.k,) != (weight.n,)
 
 
 def _fused_set_of(weight: Weight) -> str | None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from checkpoints import bf16, noise, read_raw, tree, write_model
 
 import fp4conv
 from fp4conv.errors import PlanError, ResumeError
+from fp4conv.pipeline.matrices import Scratch
 from fp4conv.plan import BASE_BYTES
 from fp4conv.staging import JOURNAL_NAME
 from fp4conv.synthetic import write_checkpoint
@@ -293,3 +295,44 @@ def test_progress_adds_up_to_the_bytes_read(reference: Reference, tmp_path: Path
             p.stat().st_size for p in (tmp_path / f"{name}-{to}").rglob("*") if p.is_file()
         )
         assert read_raw(tmp_path / f"{name}-{to}")
+
+
+def test_shard_that_vanished_stays_lost_through_another_kill(checkpoint: Path, tmp_path: Path) -> None:
+    """A run that was to write it again is killed as soon as its file is there, full of zeros."""
+    target = tmp_path / "dst"
+    interrupted(checkpoint, target)
+    shard = min((tmp_path / "dst.partial").glob("*.safetensors"))
+    shard.unlink()
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even", on_bytes=killed)
+    assert shard.exists()
+    fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even")
+    fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
+    assert tree(target) == tree(tmp_path / "whole")
+
+
+def test_memory_does_not_grow_with_the_number_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker has one buffer a part: not one for each name, of which Mixtral's experts have many."""
+    buffers: list[int] = []
+
+    class Watched(Scratch):
+        def array(self, purpose: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
+            made = super().array(purpose, shape, dtype)
+            buffers.append(len(self._held))
+            return made
+
+    monkeypatch.setattr("fp4conv.pipeline.run.Scratch", Watched)
+    most = []
+    for experts in (2, 12):
+        names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{i}.weight" for e in range(experts) for i in (1, 2, 3)]
+        source = write_model(tmp_path / f"of {experts}", {name: noise((64, 64)) for name in names})
+        for to in ("mxfp4", "nvfp4"):
+            fp4conv.convert(source, tmp_path / f"{to} of {experts}", to=to, workers=1)
+            fp4conv.convert(tmp_path / f"{to} of {experts}", tmp_path / f"{to} of {experts} back", to="bf16", workers=1)
+        most.append(max(buffers))
+        buffers.clear()
+    assert most[0] == most[1]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Array, config_of, read_raw, write_model
+from checkpoints import Array, config_of, noise, read_raw, write_model
 
 import fp4conv
-from fp4conv.families import family_of, role_of, shared_set_of
+from fp4conv.commands.convert import plan_conversion
+from fp4conv.families import EXCLUDED, Role, family_of, role_of, shared_set_of
 from fp4conv.layouts import parse
 from fp4conv.plan import Action, Plan
 from fp4conv.planner import Options, make_plan
@@ -307,3 +308,42 @@ def test_sets_are_those_of_one_parent() -> None:
     assert shared_set_of("experts.1.gate_proj") != shared_set_of("experts.2.up_proj")
     for alone in ("a.o_proj", "a.down_proj", "a.w2", "a.kv_b_proj", "a.q_b_proj", "a.mlp.gate"):
         assert shared_set_of(alone) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "role"),
+    [
+        ("output", Role.HEAD),  # InternLM2, Meta's own names
+        ("model.output", Role.HEAD),
+        ("proj_out", Role.HEAD),  # Whisper
+        ("encoder.layer.0.output.dense", Role.MLP),  # BERT
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", Role.EMBEDDING),
+        ("shared", Role.EMBEDDING),  # T5
+        ("mlp1.1", Role.PROJECTOR),  # InternVL
+        ("vpm.encoder.layers.0.mlp.fc1", Role.VISION),  # MiniCPM-V
+        ("resampler.kv_proj", Role.PROJECTOR),
+        ("vision.blocks.0.mlp.fc1", Role.VISION),  # DeepSeek-VL2
+        ("projector.layers.0", Role.PROJECTOR),
+        ("vision_language_adapter.w_in", Role.PROJECTOR),  # Pixtral
+        ("model.layers.0.self_attn.qkv_proj.lora_A.vision", Role.ADAPTER),  # Phi-4-multimodal
+        ("model.layers.0.self_attn.qkv_proj.base_layer", Role.ADAPTER),
+    ],
+)
+def test_heads_towers_and_projectors_by_their_odd_names(module: str, role: Role) -> None:
+    assert role_of(module) is role
+    assert (role in EXCLUDED) == (role is not Role.MLP)
+
+
+def test_only_layers_of_the_language_model_are_counted() -> None:
+    """Whisper with two encoder and four decoder layers has num_hidden_layers 2."""
+    assert role_of("model.decoder.layers.3.fc1", 2) is Role.MLP
+    assert role_of("model.layers.61.mlp.up_proj", 61) is Role.MTP
+    assert role_of("model.language_model.layers.2.mlp.up_proj", 2) is Role.MTP
+
+
+@pytest.mark.parametrize("count", [True, -1, 0, "2", 2.5, None])
+def test_a_layer_count_that_is_none_counts_nothing(tmp_path: Path, count: object) -> None:
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": noise((32, 32), i) for i in range(3)}
+    write_model(tmp_path / "source", tensors, {"model_type": "llama", "num_hidden_layers": count})
+    plan = plan_conversion(tmp_path / "source", to="nvfp4")
+    assert plan.count(Action.QUANTIZE) == 3

@@ -15,7 +15,7 @@ from checkpoints import Array, array_of, bf16, config_of, decode_mxfp4, noise, r
 
 import fp4conv
 from fp4conv.commands.convert import plan_conversion
-from fp4conv.errors import Fp4convError, PlanError, UsageError
+from fp4conv.errors import Fp4convError, PlanError, SourceError, UsageError
 from fp4conv.plan import Action, Plan, Span, Unit, units
 from fp4conv.safetensors_io import Reader, TensorRef
 
@@ -362,3 +362,37 @@ def test_a_scale_rule_without_work_is_said(reference: Reference) -> None:
         assert any("--scale-rule amax had nothing to choose" in warning for warning in plan.warnings)
     plan = plan_conversion(reference("llama-nvfp4-default"), to="mxfp4", scale_rule="floor")
     assert not any("nothing to choose" in warning for warning in plan.warnings)
+
+
+def test_one_matrix_in_by_out_casts_doubt_on_those_that_tell_nothing(tmp_path: Path) -> None:
+    tensors = {
+        "h.0.attn.c_attn.weight": noise((64, 192)),
+        "h.0.attn.c_attn.bias": noise((192,)),
+        "h.0.attn.c_proj.weight": noise((64, 64), 1),
+        "h.0.attn.c_proj.bias": noise((64,), 1),
+    }
+    write_model(tmp_path / "source", tensors, {"model_type": "other"})
+    with pytest.raises(PlanError, match=r"c_proj.weight.*c_attn.weight is \[in, out\] by its bias"):
+        plan_conversion(tmp_path / "source", to="nvfp4", exclude=("*c_attn",))
+    write_model(tmp_path / "gpt2", {"h.0.mlp.c_fc.weight": noise((64, 64))}, {"model_type": "gpt2"})
+    with pytest.raises(PlanError, match="models of type gpt2"):
+        plan_conversion(tmp_path / "gpt2", to="nvfp4")
+
+
+def test_experts_whose_bias_contradicts_their_orientation_are_refused(reference: Reference, tmp_path: Path) -> None:
+    tensors = {name: array_of(raw) for name, raw in read_raw(reference("gptoss-bf16")).items()}
+    turned = {
+        name: np.ascontiguousarray(np.swapaxes(value, 1, 2)) if name.endswith("experts.gate_up_proj") else value
+        for name, value in tensors.items()
+    }
+    write_model(tmp_path / "source", turned, config_of(reference("gptoss-bf16")))
+    with pytest.raises(PlanError, match=r"gate_up_proj.*do not fit \[E, in, out\]"):
+        plan_conversion(tmp_path / "source", to="mxfp4")
+
+
+def test_quantised_experts_of_unknown_orientation_are_refused(reference: Reference, tmp_path: Path) -> None:
+    for name in ("gptoss-mxfp4", "gptoss-nvfp4-mlp-only"):
+        tensors = {key: array_of(raw) for key, raw in read_raw(reference(name)).items() if "sinks" not in key}
+        write_model(tmp_path / name, tensors, config_of(reference(name)))
+        with pytest.raises(SourceError, match="known of gpt-oss alone"):
+            plan_conversion(tmp_path / name, to="bf16")

@@ -64,4 +64,4 @@ def layer_count(source: Source) -> int | None:
     config = source.json("config.json") or {}
     text = config.get("text_config")
     found = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-    return found if isinstance(found, int) else None
+    return found if type(found) is int and found > 0 else None  # type(): True is an int by isinstance

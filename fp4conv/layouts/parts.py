@@ -135,6 +135,13 @@ def _assemble(
     batch, n, k, block = _shape_of(names, packed, scale)
     canonical = names.canonical(stem)
     module = module_of(canonical)
+    if names.experts and not family.experts_kn:
+        raise SourceError(
+            f"quantised 3-D experts of a model of family {family.name}: whether the dense parameter is [in, out] or "
+            "[out, in] is known of gpt-oss alone",
+            where=f"{packed.name} ({packed.file})",
+            hint="convert from the BF16 checkpoint instead",
+        )
     kn = names.experts and family.experts_kn
     value = Decoded(names.format.name, block, packed, scale, tensor_scale, names.kn)
     shape = (*batch, k, n) if kn else (*batch, n, k)

@@ -36,12 +36,15 @@ def rows_shape(weight: Weight, elements: int, kn: bool, unit: Unit) -> tuple[int
     return (columns, rows) if kn else (rows, columns)
 
 
-def read_rows(reader: Reader, ref: TensorRef, kn: bool, unit: Unit, scratch: Scratch) -> Array:
-    """The unit's rows of one stored part: [rows, columns], or [columns, rows] when it lies K-major."""
+def read_rows(reader: Reader, ref: TensorRef, kn: bool, unit: Unit, scratch: Scratch, *, part: str) -> Array:
+    """The unit's rows of one stored part: [rows, columns], or [columns, rows] when it lies K-major.
+
+    `part` names the memory that holds them until the worker's next read of the same part.
+    """
     weight = unit.step.weight
     assert weight is not None
     shape = rows_shape(weight, ref.spec.elements, kn, unit)
-    out = scratch.array(f"in {ref.name[-16:]}", shape, ref.spec.dtype)
+    out = scratch.array(f"stored {part}", shape, ref.spec.dtype)
     item = DTYPE_BYTES[ref.spec.dtype]
     if not kn:
         start = (unit.index * weight.n + unit.n0) * shape[1] * item

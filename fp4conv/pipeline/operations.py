@@ -187,7 +187,7 @@ def read_base(bench: Bench, unit: Unit, scratch: Scratch, *, kn: bool = False) -
 def _dense_rows(bench: Bench, ref: TensorRef, unit: Unit, scratch: Scratch) -> Rows:
     """The unit's rows of a dense weight: BF16 and F32 as they are, F16 widened."""
     weight = _weight(unit.step)
-    values = read_rows(bench.reader, ref, weight.kn, unit, scratch)
+    values = read_rows(bench.reader, ref, weight.kn, unit, scratch, part="dense")
     if ref.spec.dtype == "F16":
         wide = scratch.array("f32", values.shape, "F32")
         widen(values, "F16", wide)  # type: ignore[arg-type]
@@ -404,7 +404,7 @@ def _reblock(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> 
     weight, output = _weight(unit.step), unit.step.computed[0]
     value = weight.value
     assert isinstance(value, Decoded)
-    scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+    scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch, part=BLOCK_SCALE)
     repeated = np.repeat(scales, value.block // value.format.block, axis=0 if value.kn else 1)
     write_rows(bench.writers, output, unit, np.ascontiguousarray(repeated))
     return {}
@@ -430,8 +430,8 @@ def _weight(step: Step) -> Weight:
 def _codes_in(bench: Bench, unit: Unit, scratch: Scratch) -> Codes:
     value = _weight(unit.step).base
     assert isinstance(value, Decoded)
-    packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch)
-    scale = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+    packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch, part=PACKED)
+    scale = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch, part=BLOCK_SCALE)
     return Codes(packed, scale, value.kn)  # type: ignore[arg-type]  # both are bytes, whatever dtype names them
 
 

@@ -31,7 +31,8 @@ from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
 from fp4conv.staging import Staging
 
 CHECKPOINT_SECONDS = 2.0
-_SCALE_KEY = "tensor scale of "
+# The journal knows steps and sets by these and their names, so that no tensor's name can be taken for a set's.
+_STEP, _SCALE = "step ", "scale "
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,16 @@ def run(
         out.start()
         for name in plan.shards:
             out.path(name).parent.mkdir(exist_ok=True)
-        writers = {
-            name: stack.enter_context(Writer(out.path(name), shard.nbytes)) for name, shard in plan.shards.items()
-        }
         log = HintLog(out.path(LOG)) if plan.kept else None
         if log is not None:
             stack.callback(log.close)
-        finished = _trusted(plan, out.finished, writers, log)
+        out.forget(_lost_steps(plan, out, log))
+        finished = out.finished
+        if log is not None:
+            log.go_on_after(run for payload in finished.values() for run in runs_from(payload.get("runs")))
+        writers = {
+            name: stack.enter_context(Writer(out.path(name), shard.nbytes)) for name, shard in plan.shards.items()
+        }
         for name, shard in plan.shards.items():
             writers[name].write(0, shard.header)
         bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes), {}, log)
@@ -71,20 +75,23 @@ def run(
         hinted = {group: scale.hinted for group, scale in runner.scales.items() if scale.hinted is not None}
         used = sum(map(bool, hinted.values()))
         split = tuple(sorted(group for group, members in hinted.items() if len(set(members.values())) > 1))
-        resumed = [key for key in finished if not key.startswith(_SCALE_KEY)]
-        return Outcome(runner.results, used, len(hinted) - used, len(resumed), split)
+        resumed = sum(key.startswith(_STEP) for key in finished)
+        return Outcome(runner.results, used, len(hinted) - used, resumed, split)
 
 
-def _trusted(
-    plan: Plan, finished: Mapping[str, Mapping[str, JSON]], writers: Mapping[str, Writer], log: HintLog | None
-) -> dict[str, Mapping[str, JSON]]:
-    """What the journal says is done, without the steps of files that are gone."""
-    lost = {step.key for step in plan.steps if any(not writers[output.file].reused for output in step.outputs)}
+def _lost_steps(plan: Plan, out: Staging, log: HintLog | None) -> list[str]:
+    """Steps that the journal calls done, but whose files are gone, or are not as this plan made them."""
+
+    def is_there(file: str) -> bool:
+        path = out.path(file)
+        return path.is_file() and path.stat().st_size == plan.shards[file].nbytes
+
+    missing = {file for file in plan.shards if not is_there(file)}
+    lost = {_STEP + step.key for step in plan.steps if any(output.file in missing for output in step.outputs)}
     if log is not None:
-        runs = {key: runs_from(payload.get("runs")) for key, payload in finished.items() if key not in lost}
+        runs = {key: runs_from(payload.get("runs")) for key, payload in out.finished.items()}
         lost |= {key for key, found in runs.items() if not log.holds(found)}
-        log.go_on_after(run for key, found in runs.items() if key not in lost for run in found)
-    return {key: payload for key, payload in finished.items() if key not in lost}
+    return sorted(lost & set(out.finished))
 
 
 class _Runner:
@@ -109,12 +116,12 @@ class _Runner:
     def take_over(self, finished: Mapping[str, Mapping[str, JSON]]) -> None:
         """Leave out what an earlier run has done, and count it as progress."""
         plan, scales = self._bench.plan, self._bench.scales
-        self._todo = [step for step in plan.steps if step.key not in finished]
+        self._todo = [step for step in plan.steps if _STEP + step.key not in finished]
         for key, payload in finished.items():
-            if key.startswith(_SCALE_KEY):
-                scales[key.removeprefix(_SCALE_KEY)] = _scale_from(payload)
+            if key.startswith(_SCALE):
+                scales[key.removeprefix(_SCALE)] = _scale_from(payload)
             else:
-                self.results[key] = StepResult.from_payload(payload)
+                self.results[key.removeprefix(_STEP)] = StepResult.from_payload(payload)
         to_scan = sum(step.scan_bytes for step in self._todo if step.group not in scales)
         self._advance(plan.bytes_read - sum(step.bytes_read for step in self._todo) - to_scan)
 
@@ -165,8 +172,6 @@ class _Runner:
             self._errors.insert(0, error)
         finally:
             self._stop.set()
-            for scan in self._scans.values():
-                scan.ready.set()
             for thread in threads:
                 thread.join()
             self._checkpoint()
@@ -190,8 +195,6 @@ class _Runner:
             with self._lock:
                 self._errors.append(error)
             self._stop.set()
-            for scan in list(self._scans.values()):
-                scan.ready.set()
 
     def _do(self, task: _Task, scratch: Scratch) -> None:
         step = task.piece.step
@@ -199,13 +202,13 @@ class _Runner:
             scale = task.scan.look(self._bench, task.piece, scratch)
             if scale is not None:
                 self._bench.scales[task.scan.group] = scale
-                self._out.record(_SCALE_KEY + task.scan.group, _scale_payload(scale))
+                self._out.record(_SCALE + task.scan.group, _scale_payload(scale))
                 task.scan.ready.set()
         else:
             if step.group and step.group not in self._bench.scales:
-                self._scans[step.group].ready.wait()
-                if self._stop.is_set():
-                    return
+                while not self._scans[step.group].ready.wait(0.1):
+                    if self._stop.is_set():
+                        return
             state = self._states[step.key]
             counts = work(self._bench, task.piece, state, scratch)
             with self._lock:
@@ -227,7 +230,7 @@ class _Runner:
         )
         self.results[step.key] = result
         del self._states[step.key]
-        self._out.record(step.key, result.payload())
+        self._out.record(_STEP + step.key, result.payload())
 
     def _write_known(self, step: Step) -> None:
         """The bytes that the plan knows, and the tensor scale that the scan found."""

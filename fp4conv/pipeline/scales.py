@@ -18,6 +18,7 @@ from fp4conv.formats import NVFP4
 from fp4conv.hints.values import Hint
 from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
+from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import Decoded, Stored, Weight
 from fp4conv.pipeline.hints import Encoding, hinted_tensor_scale, restore_nvfp4
 from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
@@ -82,8 +83,8 @@ class Scan:
     def _count_windows(self, bench: Bench, unit: Unit, scratch: Scratch) -> None:
         value = _weight(unit.step).value
         assert isinstance(value, Decoded)
-        packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch)
-        scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch)
+        packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch, part=PACKED)
+        scales = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch, part=BLOCK_SCALE)
         starts, ends = new_window_counts()
         bad = compiled.window_counts(packed, scales, starts, ends)  # type: ignore[arg-type]
         if bad >= 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -49,6 +49,14 @@ class Staging:
         with self._lock:
             self.started = True
             self._pending.append((key, dict(payload)))
+
+    def forget(self, keys: Collection[str]) -> None:
+        """Take steps of earlier runs back: their bytes are gone. On the disk before this returns."""
+        if not keys:
+            return
+        self.finished = {key: payload for key, payload in self.finished.items() if key not in keys}
+        with self._lock:
+            self._journal.keep(list(self.finished.items()))
 
     def checkpoint(self, *syncs: Callable[[], None]) -> None:
         """Journal the steps recorded so far, after `syncs` have put their bytes on the disk.
