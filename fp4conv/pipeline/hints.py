@@ -139,7 +139,7 @@ def restore_mxfp4(reader: Reader, hint: Hint, encoding: Encoding) -> Restored:
 def restore_nvfp4(reader: Reader, hint: Hint, encoding: Encoding, scratch: Scratch) -> Restored:
     """Encode a unit by its hint alone. Where a block is stale its codes are unspecified."""
     assert hint.block_scale is not None
-    plane = read_rows(reader, hint.block_scale, hint.kn, encoding.unit, scratch)
+    plane = read_rows(reader, hint.block_scale, hint.kn, encoding.unit, scratch, part="hinted scales")
     if hint.block != hint.format.block:
         plane = np.repeat(plane, hint.block // hint.format.block, axis=0 if hint.kn else 1)
     factor = kernels.factors(hint.format, hinted_tensor_scale(reader, hint), inverse=hint.inverse)
