@@ -30,6 +30,7 @@ class Case:
 
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
+BOTH_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES = {
     "dora": Case(config={"use_dora": True}),
     "dora on an F32 base": Case(dtype="float32", config={"use_dora": True}),
@@ -58,9 +59,21 @@ CASES = {
         "gpt-oss",
         config={
             "target_modules": ["q_proj"],
-            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_parameters": BOTH_PARAMETERS,
             "rank_pattern": {r"0\.mlp\.experts\.down_proj": 3},
         },
+    ),
+    "experts of Mixtral, whose checkpoint has other names": Case(
+        "mixtral", config={"target_modules": ["o_proj"], "target_parameters": BOTH_PARAMETERS}
+    ),
+    "square experts of Qwen3-MoE": Case(
+        "square", config={"target_modules": ["o_proj"], "target_parameters": BOTH_PARAMETERS}
+    ),
+    "square experts of Qwen3-MoE, down_proj alone": Case(
+        "square", config={"target_modules": ["o_proj"], "target_parameters": BOTH_PARAMETERS[1:]}
+    ),
+    "square experts of gpt-oss": Case(
+        "square-gpt-oss", config={"target_modules": ["o_proj"], "target_parameters": BOTH_PARAMETERS}
     ),
     "experts of Qwen3-MoE, one of two": Case(
         "qwen3-moe", config={"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
@@ -88,6 +101,9 @@ def make_base(model: str, dtype: str, folder: Path) -> None:
         ),
         "gpt-oss": lambda: transformers.GptOssConfig(**experts),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**experts),
+        "mixtral": lambda: transformers.MixtralConfig(**experts),
+        "square": lambda: transformers.Qwen3MoeConfig(**{**experts, "moe_intermediate_size": 64}),
+        "square-gpt-oss": lambda: transformers.GptOssConfig(**{**experts, "intermediate_size": 64}),
     }[model]()
     made = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
