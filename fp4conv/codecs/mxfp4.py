@@ -23,5 +23,5 @@ class Mxfp4:
             out.kn,
         )
 
-    def decode(self, codes: Codes, tensor_scale: float, out: Rows) -> int:
+    def decode(self, codes: Codes, tensor_scale: float, out: Rows, *, inverse: bool = False) -> int:
         return compiled.decode_mxfp4(codes.packed, codes.block_scale, codes.kn, out.array, out.kn)

@@ -32,8 +32,10 @@ class Nvfp4:
             out.kn,
         )
 
-    def decode(self, codes: Codes, tensor_scale: float, out: Rows) -> int:
-        return compiled.decode_nvfp4(codes.packed, codes.block_scale, codes.kn, tensor_scale, out.array, out.kn)
+    def decode(self, codes: Codes, tensor_scale: float, out: Rows, *, inverse: bool = False) -> int:
+        return compiled.decode_nvfp4(
+            codes.packed, codes.block_scale, codes.kn, tensor_scale, out.array, out.kn, inverse
+        )
 
 
 def tensor_scale(amax: float, rule: ScaleRule) -> float:

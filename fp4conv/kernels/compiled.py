@@ -23,6 +23,7 @@ import numpy.typing as npt
 from fp4conv.formats import MXFP4, NVFP4, ScaleRule, Ties
 from fp4conv.kernels import decode as _decode
 from fp4conv.kernels import encode as _encode
+from fp4conv.kernels import fp8 as _fp8
 from fp4conv.kernels import scan as _scan
 from fp4conv.kernels import transcode as _transcode
 from fp4conv.kernels.contract import (
@@ -33,6 +34,7 @@ from fp4conv.kernels.contract import (
     Target,
     check_decode,
     check_encode,
+    check_fp8,
     check_tensor_scale,
     check_transcode,
 )
@@ -49,6 +51,7 @@ __all__ = [
     "cast_f32_to_bf16",
     "choose_window",
     "count_nonfinite",
+    "decode_fp8_tiles",
     "decode_mxfp4",
     "decode_nvfp4",
     "encode_mxfp4",
@@ -127,21 +130,47 @@ def decode_mxfp4(packed: U8, scales: U8, packed_kn: bool, out: Target, out_kn: b
     bytes 253 and 254 can cause.
     """
     n, k, length = check_decode(packed, scales, packed_kn, out, out_kn, (MXFP4.block,))
-    return _run_decode(packed, scales, (n, k, length), packed_kn, True, np.float32(1), out, out_kn)
+    return _run_decode(packed, scales, (n, k, length), packed_kn, _decode.E8M0, np.float32(1), out, out_kn)
 
 
 def decode_nvfp4(
-    packed: U8, scales: U8, packed_kn: bool, tensor_scale: float, out: Target, out_kn: bool = False
+    packed: U8,
+    scales: U8,
+    packed_kn: bool,
+    tensor_scale: float,
+    out: Target,
+    out_kn: bool = False,
+    inverse: bool = False,
 ) -> int:
     """Decode NVFP4 to `out`: uint16 (BF16 bits) or float32. The block length (16 or 32) follows from the shapes.
 
     A value is F32(code x F32(block scale x tensor scale)), rounded once more, ties to even, for BF16. That is
-    ModelOpt's order of operations; code 8 gives -0.0.
+    ModelOpt's order of operations; code 8 gives -0.0. With `inverse`, `tensor_scale` is the reciprocal as
+    compressed-tensors stores it, and a value is F32(code x F32(block scale / tensor_scale)), its order.
 
     Returns -1, or the position of the first value that is not finite (a NaN scale, or an overflow).
     """
     n, k, length = check_decode(packed, scales, packed_kn, out, out_kn, (16, 32))
-    return _run_decode(packed, scales, (n, k, length), packed_kn, False, np.float32(tensor_scale), out, out_kn)
+    kind = _decode.E4M3_DIVIDED if inverse else _decode.E4M3_TIMES
+    return _run_decode(packed, scales, (n, k, length), packed_kn, kind, np.float32(tensor_scale), out, out_kn)
+
+
+def decode_fp8_tiles(values: U8, scales: F32, first_row: int, block: tuple[int, int], out: Target) -> int:
+    """Decode FP8 with a scale a tile: E4M3 bytes `values` [N, K] to `out` [N, K], uint16 (BF16 bits) or float32.
+
+    The rows are those from `first_row` of a matrix on; `scales` [tiles down, tiles across] begins with the row of
+    tiles, `block` = (rows, columns) each, that holds `first_row`. A value is F32(code x scale), rounded once more
+    for BF16.
+
+    Returns -1, or the position of the first value that is not finite (NaN code or scale, or an overflow).
+    """
+    n, k = check_fp8(values, scales, first_row, block, out)
+    shift = 16 if out.dtype == np.uint16 else 0
+    bits: npt.NDArray[Any] = out.reshape(-1).view(np.uint16 if shift else np.int32)
+    finite = _fp8.decode_tiles(
+        _flat(values), _flat(scales), n, k, first_row % block[0], block[0], block[1], bits, shift
+    )
+    return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, False))
 
 
 def amax(x: Source) -> tuple[float, int]:
@@ -247,7 +276,7 @@ def _run_decode(
     scales: U8,
     shape: tuple[int, int, int],
     packed_kn: bool,
-    mx: bool,
+    kind: int,
     tensor_scale: np.float32,
     out: Target,
     out_kn: bool,
@@ -258,8 +287,8 @@ def _run_decode(
     codes, block_scales = _flat(packed), _flat(scales)
     if packed_kn or out_kn:
         finite = _decode.decode_turning(
-            codes, block_scales, n, k, length, packed_kn, mx, tensor_scale, bits, shift, out_kn
+            codes, block_scales, n, k, length, packed_kn, kind, tensor_scale, bits, shift, out_kn
         )
     else:
-        finite = _decode.decode_rows(codes, block_scales, length, mx, tensor_scale, bits, shift)
+        finite = _decode.decode_rows(codes, block_scales, length, kind, tensor_scale, bits, shift)
     return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, out_kn))

@@ -98,6 +98,17 @@ def check_transcode(
     return n, 2 * half_k
 
 
+def check_fp8(values: U8, scales: F32, first_row: int, block: tuple[int, int], out: Target) -> tuple[int, int]:
+    """Assert that the arrays of an FP8 decode call fit together; returns (N, K)."""
+    n, k = logical(values.shape, False)
+    assert n > 0, "no rows"
+    down = (first_row + n - 1) // block[0] - first_row // block[0] + 1
+    _check("values", values, (n, k), False, np.uint8)
+    _check("scales", scales, (down, -(-k // block[1])), False, np.float32)
+    _check("out", out, (n, k), False, np.uint16, np.float32)
+    return n, k
+
+
 def check_tensor_scale(tensor_scale: float) -> np.float32:
     """The tensor scale as float32; asserts that it is one, and within the range of the kernels."""
     value = np.float32(tensor_scale)

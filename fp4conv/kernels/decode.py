@@ -27,6 +27,7 @@ from fp4conv.kernels.lanes import (
 from fp4conv.kernels.quantise import pow2
 from fp4conv.kernels.small_floats import E4M3_VALUES
 
+E8M0, E4M3_TIMES, E4M3_DIVIDED = range(3)  # kinds of block scale, and what the tensor scale does to it
 CHUNK = 1024  # packed bytes that the row-major path handles at a time
 _E4M3 = E4M3_VALUES.copy()
 _QUARTER, _HALF, _ONE, _TWO, _EIGHT = (np.float32(v) for v in (0.25, 0.5, 1, 2, 8))
@@ -35,10 +36,15 @@ _LARGEST_BF16 = float.fromhex("0x1.fep127")
 
 
 @device
-def block_factor(byte: int, mx: bool, tensor_scale: np.float32) -> np.float32:
-    """What the codes of a block are multiplied by: 2^(byte - 127), or F32(block scale x tensor scale)."""
-    if mx:
+def block_factor(byte: int, kind: int, tensor_scale: np.float32) -> np.float32:
+    """What the codes of a block are multiplied by.
+
+    2^(byte - 127); F32(block scale x tensor scale); F32(block scale / tensor scale) where its reciprocal is stored.
+    """
+    if kind == E8M0:
         return np.float32(np.nan) if byte == 255 else np.float32(pow2(int(byte) - E8M0_BIAS))
+    if kind == E4M3_DIVIDED:
+        return np.float32(_E4M3[byte] / tensor_scale)
     return np.float32(_E4M3[byte] * tensor_scale)
 
 
@@ -98,7 +104,7 @@ def finish(bits: I32, shift: int, out: FloatBits) -> None:
 
 @kernel
 def decode_rows(
-    packed: U8, scales: U8, length: int, mx: bool, tensor_scale: np.float32, out: FloatBits, shift: int
+    packed: U8, scales: U8, length: int, kind: int, tensor_scale: np.float32, out: FloatBits, shift: int
 ) -> bool:
     """Row-major to row-major, arrays flat. False when a value may not be finite."""
     finite, half = True, length // 2
@@ -107,7 +113,7 @@ def decode_rows(
     for start in range(0, packed.size, CHUNK):
         size = min(CHUNK, packed.size - start)
         for b in range(size // half):
-            factor = block_factor(scales[start // half + b], mx, tensor_scale)
+            factor = block_factor(scales[start // half + b], kind, tensor_scale)
             finite &= surely_finite(factor)
             factors[b * half : b * half + half] = factor
         decode_run(packed[start : start + size], factors, values)
@@ -123,7 +129,7 @@ def decode_turning(
     k: int,
     length: int,
     packed_kn: bool,
-    mx: bool,
+    kind: int,
     tensor_scale: np.float32,
     out: FloatBits,
     shift: int,
@@ -143,7 +149,7 @@ def decode_turning(
         stride = n if packed_kn else lane_stride(blocks, 1, True)
         load_bytes(scales, origin(row, block, n, blocks, 1, packed_kn), packed_kn, stride, lanes, bytes_in)
         for j in range(lanes):
-            factors[j] = block_factor(bytes_in[0, j], mx, tensor_scale)
+            factors[j] = block_factor(bytes_in[0, j], kind, tensor_scale)
             finite &= surely_finite(factors[j])
         decode_tile(codes, factors, values)
         finish(bits.reshape(-1), shift, rounded.reshape(-1))

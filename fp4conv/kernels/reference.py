@@ -26,6 +26,7 @@ from fp4conv.kernels.contract import (
     Target,
     check_decode,
     check_encode,
+    check_fp8,
     check_tensor_scale,
     check_transcode,
 )
@@ -267,13 +268,33 @@ def decode_mxfp4(packed: U8, scales: U8, packed_kn: bool, out: Target, out_kn: b
 
 
 def decode_nvfp4(
-    packed: U8, scales: U8, packed_kn: bool, tensor_scale: float, out: Target, out_kn: bool = False
+    packed: U8,
+    scales: U8,
+    packed_kn: bool,
+    tensor_scale: float,
+    out: Target,
+    out_kn: bool = False,
+    inverse: bool = False,
 ) -> int:
     """See `compiled.decode_nvfp4`."""
     check_decode(packed, scales, packed_kn, out, out_kn, (16, 32))
+    block_scale, factor = E4M3_VALUES[scales.T if packed_kn else scales], np.float32(tensor_scale)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        scale = E4M3_VALUES[scales.T if packed_kn else scales] * np.float32(tensor_scale)
+        scale = block_scale / factor if inverse else block_scale * factor
     return _decode(packed, scale, packed_kn, out, out_kn)
+
+
+def decode_fp8_tiles(values: U8, scales: F32, first_row: int, block: tuple[int, int], out: Target) -> int:
+    """See `compiled.decode_fp8_tiles`."""
+    n, k = check_fp8(values, scales, first_row, block, out)
+    down = (np.arange(first_row, first_row + n) // block[0]) - first_row // block[0]
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        decoded = E4M3_VALUES[values] * scales[down][:, np.arange(k) // block[1]]
+    if out.dtype == np.uint16:
+        out[...] = f32_to_bf16(decoded)
+        return _first(~np.isfinite(bf16_to_f32(out)))  # type: ignore[arg-type]
+    out[...] = decoded
+    return _first(~np.isfinite(decoded))
 
 
 # -- plain values -------------------------------------------------------------------------------
