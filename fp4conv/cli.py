@@ -81,7 +81,7 @@ def main() -> None:
 @click.option(
     "--layout",
     metavar="NAME",
-    help="hf, openai, modelopt or compressed-tensors. Default: what servers expect.",
+    help="hf, openai, openai-original, modelopt or compressed-tensors. Default: what servers expect.",
 )
 @click.option(
     "--modules",
@@ -122,6 +122,7 @@ def main() -> None:
 @click.option(
     "--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result."
 )
+@click.option("--repair", is_flag=True, help="Requantise sets that servers fuse and whose stored tensor scales differ.")
 @click.option(
     "--no-hints",
     "hints",

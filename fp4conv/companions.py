@@ -24,6 +24,7 @@ _NEVER = (
     "train_results.json",
     "eval_results.json",
     "adapter_config.json",
+    "dtypes.json",  # of OpenAI's layout: written where that is
 )
 _LARGEST = 64 * 2**20  # tokenizers are below it; a larger .json or .txt is data of some other kind
 

@@ -152,6 +152,12 @@ FAMILIES: tuple[Family, ...] = (
         scope="experts",
         experts_kn=True,
     ),
+    Family(  # the same model under the names of OpenAI's own code
+        "gpt-oss",
+        (re.compile(r"^block\.\d+\.mlp\.mlp1_weight"), re.compile(r"^block\.\d+\.attn\.sinks$")),
+        scope="experts",
+        experts_kn=True,
+    ),
     Family("mla-moe", (re.compile(r"\.experts\.\d+\."), re.compile(r"\.kv_a_proj_with_mqa\."))),
     Family("moe", (re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\."),)),
     Family("encoder", (re.compile(r"(^|\.)encoder\.layer\.\d+\.attention\."),)),

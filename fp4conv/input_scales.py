@@ -17,7 +17,7 @@ import numpy as np
 
 from fp4conv.errors import PlanError, SourceError
 from fp4conv.families import module_of, shared_set_of
-from fp4conv.formats import E4M3, NVFP4, NVFP4_AMAX_DIVISOR
+from fp4conv.formats import E4M3, NVFP4, NVFP4_AMAX_DIVISOR, BlockFormat
 from fp4conv.layouts import Layout
 from fp4conv.layouts.parts import Part
 from fp4conv.model import Model
@@ -67,7 +67,11 @@ class InputScales:
 
 
 def input_scales_for(
-    model: Model, chosen: frozenset[str], wanted: InputScales, layout: Layout, fate: str = LEFT_OUT
+    model: Model,
+    chosen: frozenset[str],
+    wanted: InputScales,
+    target: BlockFormat | None,
+    fate: str = LEFT_OUT,
 ) -> tuple[dict[str, Origin], list[str]]:
     """Module -> its input scale (stored, or F32 bytes) for every chosen weight, or nothing; and warnings.
 
@@ -75,7 +79,7 @@ def input_scales_for(
     """
     stored = _stored(model)
     modules = [weight.module for weight in model.weights if weight.name in chosen]
-    takes = NVFP4.name in layout.formats
+    takes = target is not None and target.name == NVFP4.name
     if wanted.mode in (InputScaleMode.CONSTANT, InputScaleMode.FILE) and not takes:
         raise PlanError("only NVFP4 has input scales", hint="leave --input-scales out")
     if wanted.mode is InputScaleMode.CONSTANT:
@@ -164,7 +168,7 @@ def kv_scale_parts(
     """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
     scalar = TensorSpec("F32", ())
     stored = [ref for name, ref in model.calibration.items() if name.endswith(tuple(_KV.values()))]
-    if wanted.mode is InputScaleMode.FILE and wanted.amax:
+    if wanted.mode is InputScaleMode.FILE and wanted.amax and layout.kv_scales:
         made: list[tuple[Part, Origin]] = []
         for name, value in wanted.amax.items():
             for suffix, scale in _KV.items():
@@ -174,9 +178,9 @@ def kv_scale_parts(
                     )
         return made, []
     from_training = [(name, ScaleOf((ref,), E4M3.max_value)) for name, ref in model.trained_kv.items()]
-    if from_training and NVFP4.name in layout.formats and wanted.mode is not InputScaleMode.NONE:
+    if from_training and layout.kv_scales and wanted.mode is not InputScaleMode.NONE:
         return [(Part("kv_scale", name, scalar), scale) for name, scale in from_training], []
-    if stored and NVFP4.name not in layout.formats:
+    if stored and not layout.kv_scales:
         return [], [f"{len(stored)} FP8 KV-cache scales {fate}: the {layout.name} layout has no place for them"]
     return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored], []
 
@@ -188,3 +192,8 @@ def _module(input_scale_name: str) -> str:
 
 def _f32(value: float) -> bytes:
     return struct.pack("<f", value)
+
+
+def reciprocal_bytes(scale: bytes) -> bytes:
+    """F32 bytes of 1 / the F32 value in `scale`, which is finite and greater than zero."""
+    return (np.float32(1.0) / np.frombuffer(scale, "<f4")).astype("<f4").tobytes()

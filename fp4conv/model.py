@@ -20,6 +20,7 @@ from fp4conv.safetensors_io import Reader, TensorRef
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+FP8 = "fp8"  # format_name of a BlockScaled weight
 
 
 class SourceFile(Protocol):
@@ -68,6 +69,8 @@ class Decoded:
     `packed` holds K/2 bytes a row, `block_scale` K/block bytes a row; both row-major over N, or over K
     when `kn` (ModelOpt's 3-D experts). `tensor_scale` is the F32 scalar of NVFP4. `block` is the length
     that the stored scales imply: 32 for MXFP4, 16 or (ModelOpt's weight-only recipes) 32 for NVFP4.
+    `inverse`: `tensor_scale`, and the input scale that goes with it, are stored as reciprocals
+    (compressed-tensors' global scales), and a value is code x F32(block scale / stored scalar).
     """
 
     format_name: str
@@ -76,6 +79,7 @@ class Decoded:
     block_scale: TensorRef
     tensor_scale: TensorRef | None = None
     kn: bool = False
+    inverse: bool = False
 
     @property
     def format(self) -> BlockFormat:
@@ -88,6 +92,25 @@ class Decoded:
 
 
 @dataclass(frozen=True)
+class BlockScaled:
+    """A linear layer in FP8: `values` F8_E4M3 [N, K] and one `scale`, F32 or BF16, a tile of `block` = (rows, columns).
+
+    A value is F32(code x scale); the last tile of a row or column may be cut short. Read only, never written.
+    """
+
+    values: TensorRef
+    scale: TensorRef
+    block: tuple[int, int]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.values, self.scale)
+
+
+OnDisk: TypeAlias = Stored | Decoded | BlockScaled
+
+
+@dataclass(frozen=True)
 class LoraMerged:
     """A weight with adapters merged into it, one delta after the other; without deltas, one that an adapter replaces.
 
@@ -96,7 +119,7 @@ class LoraMerged:
     and ran the adapter beside it, Q(W) x + B A x, so that no merged weight has the values of its forward pass.
     """
 
-    base: Stored | Decoded
+    base: OnDisk
     deltas: tuple[Delta, ...]
     rounding: MergeRounding
     dtype: str
@@ -138,11 +161,11 @@ class Weight:
     module: str
     role: Role
     shape: tuple[int, ...]
-    value: Stored | Decoded | LoraMerged
+    value: OnDisk | LoraMerged
     kn: bool = False
 
     @property
-    def base(self) -> Stored | Decoded:
+    def base(self) -> OnDisk:
         """What lies on disk, beneath adapters."""
         return self.value.base if isinstance(self.value, LoraMerged) else self.value
 
@@ -169,12 +192,18 @@ class Weight:
 
     @property
     def format_name(self) -> str:
-        return self.base.format_name if isinstance(self.base, Decoded) else self.base.ref.spec.dtype.lower()
+        match self.base:
+            case Decoded(format_name=name):
+                return name
+            case BlockScaled():
+                return FP8
+            case Stored(ref=ref):
+                return ref.spec.dtype.lower()
 
     @property
     def is_matrix(self) -> bool:
         """A weight that a block format could hold: a linear layer's, or an expert parameter's."""
-        if isinstance(self.base, Decoded):
+        if not isinstance(self.base, Stored):
             return True
         if self.base.ref.spec.dtype not in FLOAT_DTYPES or not self.elements:
             return False
@@ -216,7 +245,7 @@ class Model:
     @property
     def format_name(self) -> str:
         """The block format of its quantised weights, or the dense dtype of most bytes: 'mxfp4', 'bf16'."""
-        quantized = {weight.format_name for weight in self.weights if isinstance(weight.base, Decoded)}
+        quantized = {weight.format_name for weight in self.weights if not isinstance(weight.base, Stored)}
         return "+".join(sorted(quantized)) if quantized else self.main_dtype.lower()
 
     @property

@@ -38,10 +38,11 @@ class Action(str, Enum):
     DEQUANTIZE = "dequantize"  # a block format to dense
     TRANSCODE = "transcode"  # one block format to another
     REBLOCK = "reblock"  # NVFP4 in blocks of 32 to blocks of 16: every scale twice
+    REQUANTIZE = "requantize"  # NVFP4 to NVFP4 under another tensor scale: the one that its set shares
     MERGE = "merge"  # with adapters, to dense; a merged weight that becomes a block format is quantised
 
 
-_BY_ROWS = (Action.QUANTIZE, Action.DEQUANTIZE, Action.TRANSCODE, Action.REBLOCK)
+_BY_ROWS = (Action.QUANTIZE, Action.DEQUANTIZE, Action.TRANSCODE, Action.REBLOCK, Action.REQUANTIZE)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,21 @@ class ScaleOf:
     divisor: float
 
 
+@dataclass(frozen=True)
+class Reciprocal:
+    """An F32 scale that is 1 / `ref`, rounded once: the other way to store a tensor or input scale.
+
+    `key`: '<module>.tensor_scale' or '<module>.input_scale'. `exact`: what it is said to have been before it became
+    `ref`; it counts where its reciprocal is `ref`.
+    """
+
+    ref: TensorRef
+    key: str
+    exact: float | None = None
+
+
 # Copied from there, these bytes, computed from those scalars, or (None) what the step's kernel makes.
-Origin: TypeAlias = TensorRef | bytes | ScaleOf | None
+Origin: TypeAlias = TensorRef | bytes | ScaleOf | Reciprocal | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class Step:
     `group` names the weights that share a tensor scale with this one; it is set where that scale has to be
     found first. `target`: the block format or dense dtype of the result, in lower case. `amax`: the largest
     magnitude that training froze, which then decides the tensor scale rather than the values. `beside`: bytes that
-    round-trip hints of the whole weight take in memory.
+    round-trip hints of the whole weight take in memory. `tensor_scale`: the one to encode by, where it is known
+    beforehand.
     """
 
     key: str
@@ -84,6 +99,7 @@ class Step:
     group: str | None = None
     amax: TensorRef | None = None
     beside: int = 0
+    tensor_scale: float | None = None
 
     @property
     def computed(self) -> tuple[Output, ...]:
@@ -265,7 +281,7 @@ def bytes_per_row(step: Step) -> int:
 
 def _merge_bytes(merged: LoraMerged) -> int:
     """What a value takes on its way through a merge: the decoded base, the F32 sum, a rounded copy."""
-    decoded = 4 if isinstance(merged.base, Decoded) else 0
+    decoded = 0 if isinstance(merged.base, Stored) else 4
     compared = 5 if merged.beside else 0
     return compared + decoded + 4 + (2 if merged.base.refs[0].spec.dtype == "F16" or not merged.deltas else 0)
 
@@ -273,7 +289,7 @@ def _merge_bytes(merged: LoraMerged) -> int:
 def _needs_f32(step: Step, weight: Weight) -> bool:
     if isinstance(weight.base, Stored):
         return weight.base.ref.spec.dtype == "F16"
-    return step.action is Action.TRANSCODE or step.target == "f16"
+    return step.action in (Action.TRANSCODE, Action.REQUANTIZE) or step.target == "f16"
 
 
 def turned(step: Step) -> bool:

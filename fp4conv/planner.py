@@ -17,15 +17,17 @@ from fp4conv.families import Role, natural_key, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
 from fp4conv.hints.keeping import Beside, with_hints, with_room
 from fp4conv.hints.reading import read_hints
+from fp4conv.hints.reciprocals import read_exact_scales
 from fp4conv.hints.values import Hints
-from fp4conv.input_scales import KEPT, LEFT_OUT, InputScales, input_scales_for, kv_scale_parts
+from fp4conv.input_scales import KEPT, LEFT_OUT, InputScales, input_scales_for, kv_scale_parts, reciprocal_bytes
 from fp4conv.layouts import Layout, Written, default_layout, layout_named
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE, Part
-from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, LoraMerged, Model, Stored, Weight
-from fp4conv.plan import Action, Origin, Output, Plan, PlannedFile, Step
-from fp4conv.safetensors_io import ShardLayout, TensorRef, TensorSpec, lay_out
+from fp4conv.model import FLOAT_DTYPES, JSON, BlockScaled, Decoded, LoraMerged, Model, Stored, Weight
+from fp4conv.plan import Action, Origin, Output, Plan, PlannedFile, Reciprocal, Step
+from fp4conv.safetensors_io import ShardLayout, TensorRef, lay_out
 from fp4conv.selection import Selection, select
 from fp4conv.servers import Artifact, Verdict, verdicts
+from fp4conv.stacking import Stacked, bundled
 from fp4conv.training_rules import default_rule, frozen_amax, training_notes
 from fp4conv.version import __version__
 
@@ -47,6 +49,7 @@ class Options:
     max_shard_bytes: int = 5_000_000_000
     server: str | None = None
     hints: bool = True
+    repair: bool = False  # sets may have to be encoded anew once their scales are read
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,19 @@ def make_plan(model: Model, options: Options) -> Plan:
             f"--modules, --include and --exclude choose what is quantised; --to {options.to} quantises nothing"
         )
     fate = KEPT if options.hints and target is None else LEFT_OUT
-    scales, notes = input_scales_for(model, chosen, options.input_scales, layout, fate)
+    scales, notes = input_scales_for(model, chosen, options.input_scales, target, fate)
     kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout, fate)
-    goal = _Goal(model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model), hints)
+    exact = read_exact_scales(model.source) if target is NVFP4 and options.hints else {}
+    goal = _Goal(
+        model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model), hints, exact
+    )
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
     drafts.sort(key=lambda draft: natural_key(draft.key))
     _check_groups(drafts)
     _check_names(drafts)
     steps, shards = _place(drafts, options.max_shard_bytes)
-    config = _config(goal)
+    config = _config(goal, [part for draft in drafts for part, _ in draft.parts])
     generated = _generated(config, shards)
     steps = with_room(steps, hints)
     beside = (
@@ -96,7 +102,7 @@ def make_plan(model: Model, options: Options) -> Plan:
     servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
     training = training_notes(model, target, rule, options.ties)
-    own = _notes(goal, drafts, options.rule)
+    own = _notes(goal, drafts, None if options.repair else options.rule)
     warnings = (*model.warnings, *training, *hint_notes, *notes, *kv_notes, *own, *left_out)
     files = (*generated, *beside.files, *companions)
     return Plan(
@@ -120,7 +126,8 @@ def make_plan(model: Model, options: Options) -> Plan:
 class _Goal:
     """The options resolved against a model. `chosen`: names of weights; `scales`: module -> input scale.
 
-    `kept_sets`: sets of which adapters leave a member alone, so that a stored tensor scale has to stay.
+    `kept_sets`: sets of which adapters leave a member alone, so that a stored tensor scale has to stay. `exact`:
+    scales as they were before they were turned into reciprocals.
     """
 
     model: Model
@@ -133,6 +140,7 @@ class _Goal:
     kv_scales: bool
     kept_sets: frozenset[str]
     hints: Hints
+    exact: Mapping[str, float]
 
 
 def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
@@ -167,24 +175,28 @@ def _draft(goal: _Goal, weight: Weight) -> Draft:
     main = goal.model.main_dtype
     if isinstance(weight.value, LoraMerged):
         return _draft_merged(goal, weight, weight.value)
-    if isinstance(weight.value, Decoded):
+    if not isinstance(weight.value, Stored):
         dtype = main if goal.target is not None else goal.to.upper()
-        return Draft(weight.name, Action.DEQUANTIZE, ((_dense_part(weight, dtype), None),), dtype.lower(), weight)
+        part = goal.layout.place_dense(weight, dtype)
+        return Draft(weight.name, Action.DEQUANTIZE, ((part, None),), dtype.lower(), weight)
     ref = weight.value.ref
     # Tensors of another float type than most were put so on purpose (a router's F32 bias): they stay.
     if goal.target is None and ref.spec.dtype == main and main != goal.to.upper():
-        part = _dense_part(weight, goal.to.upper())
+        part = goal.layout.place_dense(weight, goal.to.upper())
         return Draft(weight.name, Action.CAST, ((part, None),), goal.to, weight)
     before = goal.hints.dense.get(weight.name, ref.spec.dtype)
     if before != ref.spec.dtype and ref.spec.dtype in FLOAT_DTYPES:
-        return Draft(weight.name, Action.CAST, ((_dense_part(weight, before), None),), before.lower(), weight)
-    return Draft(weight.name, Action.COPY, ((Part(PACKED, ref.name, ref.spec), ref),), ref.spec.dtype.lower(), weight)
+        return Draft(
+            weight.name, Action.CAST, ((goal.layout.place_dense(weight, before), None),), before.lower(), weight
+        )
+    part = goal.layout.place_dense(weight, ref.spec.dtype)
+    return Draft(weight.name, Action.COPY, ((part, ref),), ref.spec.dtype.lower(), weight)
 
 
 def _draft_merged(goal: _Goal, weight: Weight, value: LoraMerged) -> Draft:
     """A merged weight that stays or becomes dense; a tensor of an adapter that is as it should be is copied."""
     stays = goal.target is not None or (isinstance(value.base, Stored) and value.dtype != goal.model.main_dtype)
-    part = _dense_part(weight, value.dtype if stays else goal.to.upper())
+    part = goal.layout.place_dense(weight, value.dtype if stays else goal.to.upper())
     dtype = part.spec.dtype
     if not value.deltas and isinstance(value.base, Stored) and value.base.ref.spec.dtype == dtype:
         return Draft(weight.name, Action.COPY, ((part, value.base.ref),), dtype.lower(), weight)
@@ -196,13 +208,9 @@ def _kept_sets(model: Model) -> frozenset[str]:
     return frozenset(key for module in untouched if (key := shared_set_of(module)))
 
 
-def _dense_part(weight: Weight, dtype: str) -> Part:
-    return Part(PACKED, weight.name, TensorSpec(dtype, weight.shape), weight.kn)
-
-
 def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
     input_scale = goal.scales.get(weight.module)
-    parts = goal.layout.place(weight, input_scale is not None)
+    parts = goal.layout.place(weight, target, input_scale is not None)
     value = weight.value
     origins: dict[str, Origin] = {INPUT_SCALE: input_scale}
     group: str | None = None
@@ -214,7 +222,7 @@ def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
             origins[TENSOR_SCALE] = kept
     elif isinstance(value, Stored):
         action = Action.QUANTIZE
-    elif value.format_name != target.name:
+    elif isinstance(value, BlockScaled) or value.format_name != target.name:
         action = Action.TRANSCODE
     else:
         assert all(part.kn == value.kn for part in parts if part.kind == PACKED), "a layout that turns codes is new"
@@ -227,8 +235,19 @@ def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
         group = shared_set_of(weight.module) or weight.module
         if not isinstance(value, LoraMerged):  # calibration saw the values without the adapter
             amax = frozen_amax(goal.model, weight, target, goal.rule)
-    placed = tuple((part, origins.get(part.kind)) for part in parts)
+    inverse = weight.base.inverse if isinstance(weight.base, Decoded) else goal.hints.inverse
+    placed = tuple(
+        (part, _turned_over(goal, weight.module, part, origins.get(part.kind), inverse=inverse)) for part in parts
+    )
     return Draft(weight.name, action, placed, target.name, weight, group, amax)
+
+
+def _turned_over(goal: _Goal, module: str, part: Part, origin: Origin, *, inverse: bool) -> Origin:
+    """The origin of a scale in the form in which `part` is written; `inverse`: it is stored as a reciprocal."""
+    if isinstance(origin, TensorRef) and part.kind in (TENSOR_SCALE, INPUT_SCALE) and part.inverse != inverse:
+        key = f"{module}.{part.kind}"
+        return Reciprocal(origin, key, goal.exact.get(key))
+    return reciprocal_bytes(origin) if isinstance(origin, bytes) and part.inverse else origin
 
 
 def _check_groups(drafts: Sequence[Draft]) -> None:
@@ -247,40 +266,51 @@ def _check_groups(drafts: Sequence[Draft]) -> None:
 
 
 def _check_names(drafts: Sequence[Draft]) -> None:
-    """Refuse a source that already has a tensor under the name of a part that is to be written."""
-    owners: dict[str, str] = {}
+    """Refuse a source that already has a tensor under the name of a part that is to be written.
+
+    Parts that are stacked into one tensor have one name and places of their own.
+    """
+    owners: dict[tuple[str, object], str] = {}
     for draft in drafts:
         for part, _ in draft.parts:
-            if part.name in owners:
+            place = (part.name, part.stack)
+            if place in owners:
                 raise PlanError(
-                    f"both {owners[part.name]} and {draft.key} would be written under this name",
+                    f"both {owners[place]} and {draft.key} would be written under this name",
                     where=part.name,
                     hint="the source is no checkpoint as the tools write them; leave one of the two out with --exclude",
                 )
-            owners[part.name] = draft.key
+            owners[place] = draft.key
 
 
 # ---- places
 
 
 def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, ...], dict[str, ShardLayout]]:
-    """Fill shards in order, a weight's parts together; a weight larger than the limit has a shard of its own."""
+    """Fill shards in order, a weight's parts together; a weight larger than the limit has a shard of its own.
+
+    Weights that make one tensor together share a shard too.
+    """
     shards: list[list[Draft]] = [[]]
     filled = 0
-    for draft in drafts:
-        if shards[-1] and filled + draft.nbytes > max_shard_bytes:
+    for bundle in bundled(list(drafts), lambda draft: [part for part, _ in draft.parts]):
+        nbytes = sum(draft.nbytes for draft in bundle)
+        if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(draft)
-        filled += draft.nbytes
+        shards[-1] += bundle
+        filled += nbytes
     steps: list[Step] = []
     layouts: dict[str, ShardLayout] = {}
     for number, members in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        layouts[file] = lay_out([(part.name, part.spec) for draft in members for part, _ in draft.parts], file=file)
+        stacked = Stacked([part for draft in members for part, _ in draft.parts])
+        layouts[file] = lay_out(stacked.specs, file=file)
         offsets = {ref.name: ref.offset for ref in layouts[file].tensors}
         for draft in members:
-            outputs = tuple(Output(part, file, offsets[part.name], origin) for part, origin in draft.parts)
+            outputs = tuple(
+                Output(part, file, offsets[part.name] + stacked.start(part), origin) for part, origin in draft.parts
+            )
             steps.append(Step(draft.key, draft.action, outputs, draft.target, draft.weight, draft.group, draft.amax))
     return tuple(steps), layouts
 
@@ -288,7 +318,7 @@ def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, .
 # ---- configs
 
 
-def _config(goal: _Goal) -> Mapping[str, JSON]:
+def _config(goal: _Goal, parts: Sequence[Part]) -> Mapping[str, JSON]:
     dropped = ("quantization_config", "compression_config")
     base = {key: value for key, value in goal.model.config.items() if key not in dropped}
     if goal.target is None:
@@ -301,7 +331,9 @@ def _config(goal: _Goal) -> Mapping[str, JSON]:
         dense.append("lm_head")  # tied to the embeddings: no tensor, but a module that servers ask about
     quantized = tuple(weight.module for weight in matrices if weight.name in goal.chosen)
     ignore = tuple(sorted(dense, key=natural_key))
-    return goal.layout.config(Written(base, quantized, ignore, bool(goal.scales), goal.kv_scales, __version__))
+    return goal.layout.config(
+        Written(base, quantized, ignore, bool(goal.scales), goal.kv_scales, __version__, goal.to, tuple(parts))
+    )
 
 
 def _with_dtype(config: dict[str, JSON], dtype: str) -> dict[str, JSON]:
@@ -370,8 +402,10 @@ def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -
         notes.append(
             f"{len(kept)} tensors of another type than most stay as they are ({kept[0].key}: {kept[0].target})"
         )
-    # NVFP4 to MXFP4 is encoded anew; MXFP4 to NVFP4 takes its scales from the closed form.
-    free = any(d.action is Action.QUANTIZE or (d.action is Action.TRANSCODE and d.target == MXFP4.name) for d in drafts)
+    # NVFP4 and FP8 are encoded anew; MXFP4 to NVFP4 takes its scales from the closed form.
+    coded = [draft.weight for draft in drafts if draft.action is Action.TRANSCODE and draft.weight]
+    free = any(draft.action is Action.QUANTIZE for draft in drafts)
+    free |= any(weight.format_name != MXFP4.name for weight in coded)
     if rule_given is not None and not free:
         notes.append(f"--scale-rule {rule_given.value} had nothing to choose: every scale follows from the source")
     cast_back = [draft for draft in drafts if goal.target is not None and draft.action is Action.CAST]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, MergeRounding, ScaleRule, Ties
-from fp4conv.model import Decoded, LoraMerged, Model, Weight
+from fp4conv.model import LoraMerged, Model, Stored, Weight
 from fp4conv.safetensors_io import TensorRef
 
 FORWARD_RULES: Mapping[str, ScaleRule] = {MXFP4.name: ScaleRule.RCEIL, NVFP4.name: ScaleRule.AMAX}
@@ -25,7 +25,7 @@ def taken_as(model: Model) -> str:
     """What the source was taken for: 'plain bf16', 'bf16 trained for nvfp4', 'mxfp4'."""
     if formats := trained_formats(model):
         return f"{model.format_name} trained for {' and '.join(sorted(formats))}"
-    quantized = any(isinstance(weight.base, Decoded) for weight in model.weights)
+    quantized = any(not isinstance(weight.base, Stored) for weight in model.weights)
     return model.format_name if quantized else f"plain {model.format_name}"
 
 

@@ -20,6 +20,7 @@ from fp4conv.layouts import parse
 from fp4conv.lora import merge
 from fp4conv.model import Model
 from fp4conv.pipeline.results import StepResult
+from fp4conv.pipeline.settle import settle
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
 from fp4conv.report.converted import ConvertResult, ForwardDifference
@@ -49,6 +50,7 @@ class _PlanOptions(TypedDict):
     input_scales: str
     max_shard_size: int | str
     for_server: str | None
+    repair: bool
     lora: Sequence[str | Path]
     merge_rounding: MergeRounding | str | None
     hints: bool
@@ -70,6 +72,7 @@ def convert(
     max_memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     for_server: str | None = None,
+    repair: bool = False,
     lora: Sequence[str | Path] = (),
     merge_rounding: MergeRounding | str | None = None,
     hints: bool = True,
@@ -97,11 +100,12 @@ def convert(
         input_scales=input_scales,
         max_shard_size=max_shard_size,
         for_server=for_server,
+        repair=repair,
         lora=lora,
         merge_rounding=merge_rounding,
         hints=hints,
     )
-    plan = plan_conversion(source, **options)
+    plan = settle(plan_conversion(source, **options), repair=repair, hints=hints)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
     if on_plan:
         on_plan(plan)
@@ -142,11 +146,12 @@ def plan_conversion(
     input_scales: str = "stored",
     max_shard_size: int | str = DEFAULT_SHARD,
     for_server: str | None = None,
+    repair: bool = False,
     lora: Sequence[str | Path] = (),
     merge_rounding: MergeRounding | str | None = None,
     hints: bool = True,
 ) -> Plan:
-    """The plan of a conversion, from headers and configs alone."""
+    """The plan of a conversion, from headers and configs alone: `repair` acts when scales are read (`settle`)."""
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     options = Options(
@@ -158,6 +163,7 @@ def plan_conversion(
         input_scales=_input_scales(input_scales),
         max_shard_bytes=parse_size(str(max_shard_size)),
         server=for_server,
+        repair=repair,
         hints=hints,
     )
     return make_plan(_parse(source, lora, merge_rounding), options)
@@ -192,7 +198,8 @@ def _command_line(source: str | Path, destination: str | Path, options: _PlanOpt
     for key, given in options.items():
         option = "--for" if key == "for_server" else "--" + key.replace("_", "-")
         if isinstance(given, bool):
-            words += [] if given else ["--no-" + key.replace("_", "-")]
+            negative = option == "--hints"
+            words += ([] if given else ["--no-hints"]) if negative else [option] * given
             continue
         for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
             words += [option, str(value.value if isinstance(value, Enum) else value)]

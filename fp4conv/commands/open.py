@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fp4conv.errors import SourceError, ValuesError
 from fp4conv.layouts import parse
-from fp4conv.model import Decoded, Model, Stored, Weight
+from fp4conv.model import BlockScaled, Decoded, Model, Stored, Weight
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, numpy_dtype
 from fp4conv.sources import open_source
 
@@ -49,6 +49,8 @@ class Checkpoint:
         weight = self._weights.get(name)
         if weight is not None and isinstance(weight.value, Decoded):
             return self._decode(weight, weight.value, rows)
+        if weight is not None and isinstance(weight.value, BlockScaled):
+            return self._decode_tiles(weight, weight.value, rows)
         ref = self.model.source.tensors.get(name)
         if weight is not None and isinstance(weight.value, Stored):
             ref = weight.value.ref
@@ -60,12 +62,13 @@ class Checkpoint:
             )
         return self._read_stored(ref, rows)
 
-    def _read_stored(self, ref: TensorRef, rows: slice | range | None) -> Array:
+    def _read_stored(self, ref: TensorRef, rows: slice | range | None, *, plain: bool = False) -> Array:
+        """Rows of a tensor; `plain`: floats that NumPy does not know as the integers that hold them."""
         shape, start = _first_axis(ref.spec.shape, rows)
         out = np.empty(shape, numpy_dtype(ref.spec.dtype))
         row_bytes = ref.spec.nbytes // max(1, ref.spec.shape[0] if ref.spec.shape else 1)
         self._reader.read_into(ref.file, ref.offset + start * row_bytes, out)
-        special = _ML_DTYPES.get(ref.spec.dtype)
+        special = None if plain else _ML_DTYPES.get(ref.spec.dtype)
         return out.view(special) if special is not None else out
 
     def _decode(self, weight: Weight, value: Decoded, rows: slice | range | None) -> npt.NDArray[np.float32]:
@@ -81,7 +84,8 @@ class Checkpoint:
             first, count = (start, shape[0]) if linear else ((start + index) * weight.n, weight.n)
             codes = self._codes(value, weight, first, count, Codes)
             target = out if linear else out[index]
-            bad = codec_named(value.format_name).decode(codes, scale, Rows(target, weight.kn))
+            values = Rows(target, weight.kn)
+            bad = codec_named(value.format_name).decode(codes, scale, values, inverse=value.inverse)
             if bad >= 0:
                 raise ValuesError(
                     f"the value at {_position(weight, first + bad // weight.k, bad % weight.k)} is not finite: "
@@ -89,6 +93,26 @@ class Checkpoint:
                     where=weight.name,
                     hint="the checkpoint is damaged: download or export it again",
                 )
+        return out
+
+    def _decode_tiles(self, weight: Weight, value: BlockScaled, rows: slice | range | None) -> npt.NDArray[np.float32]:
+        from fp4conv.codecs.fp8 import Tiles, decode, tile_rows
+
+        shape, start = _first_axis(weight.shape, rows)
+        out = np.empty(shape, np.float32)
+        if not out.size:
+            return out
+        first, count = tile_rows(start, shape[0], value.block[0])
+        scales = self._read_stored(value.scale, slice(first, first + count), plain=True)
+        codes = self._read_stored(value.values, slice(start, start + shape[0]), plain=True)
+        bad = decode(codes.view(np.uint8), Tiles(scales, value.scale.spec.dtype, start, value.block), out)
+        if bad >= 0:
+            raise ValuesError(
+                f"the value at {_position(weight, start + bad // weight.k, bad % weight.k)} is not finite: "
+                "it or its scale is NaN or too large",
+                where=weight.name,
+                hint="the checkpoint is damaged: download or export it again",
+            )
         return out
 
     def _codes(self, value: Decoded, weight: Weight, first: int, count: int, codes: type[Codes]) -> Codes:

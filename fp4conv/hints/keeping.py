@@ -149,7 +149,8 @@ def _facts(model: Model, decoded: Mapping[str, Weight], steps: Sequence[Step], v
             "shape": list(weight.shape),
             "dtype": targets[key],
         }
-        weights[weight.name] = {**facts, **({"kn": True} if value.kn else {})}
+        lies = {"kn": value.kn, "inverse": value.inverse}
+        weights[weight.name] = {**facts, **{how: True for how, so in lies.items() if so}}
     dense: dict[str, JSON] = {}
     for dtype in FLOAT_DTYPES:
         names: list[JSON] = [
@@ -170,6 +171,7 @@ def _facts(model: Model, decoded: Mapping[str, Weight], steps: Sequence[Step], v
         "weights": weights,
         "merged": {w.name: w.base.format_name for w in model.weights if _is_merged(w) and isinstance(w.base, Decoded)},
         "calibration": list(model.calibration),
+        "inverse": any(isinstance(w.base, Decoded) and w.base.inverse for w in model.weights),
         "dense": dense,
     }
 

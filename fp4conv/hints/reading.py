@@ -17,6 +17,7 @@ from fp4conv.hints.values import (
     FACTS_VERSION,
     FOLDER,
     PARTS,
+    RECIPROCALS,
     RECORDS,
     Hint,
     HintFile,
@@ -34,7 +35,7 @@ _WITHOUT = "convert without hints: --no-hints"
 
 
 def has_hints(source: Source) -> bool:
-    return any(file.name.startswith(FOLDER + "/") for file in source.files)
+    return any(file.name.startswith(FOLDER + "/") and file.name != RECIPROCALS for file in source.files)
 
 
 def read_hints(model: Model, format_name: str) -> tuple[Hints, tuple[str, ...]]:
@@ -173,7 +174,8 @@ def _assemble(
     for dtype, names in _mapping(facts, "dense").items():
         dense |= dict.fromkeys((str(name) for name in names) if isinstance(names, list) else (), dtype)
     said = facts.get("config_dtype")
-    return Hints(hints, calibration, dense, said if isinstance(said, str) else None, files=files)
+    inverse = facts.get("inverse") is True
+    return Hints(hints, calibration, dense, said if isinstance(said, str) else None, files=files, inverse=inverse)
 
 
 def _warnings(format_name: str, hints: Mapping[str, Hint], strange: list[str], others: set[str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ FOLDER = "fp4conv"
 FACTS = f"{FOLDER}/hints.json"  # what there is, and the digests of the other two
 PARTS = f"{FOLDER}/parts.safetensors"  # copies: NVFP4's scales, scales of activations
 RECORDS = f"{FOLDER}/records.safetensors"  # block scales and codes that had to be noted, as many as there were
+RECIPROCALS = f"{FOLDER}/reciprocals.json"  # of an NVFP4 result: scales as they were before they were turned over
 LOG = f"{FOLDER}/records.log"  # the same while they are collected; never in a finished folder
 FACTS_VERSION = 1
 BESIDE = FOLDER + "/"  # keys of steps that copy no part of the model begin with it
@@ -70,7 +71,8 @@ class Hints:
 
     `weights`: weight name -> hint. `calibration`: scales of activations under the names that they had. `dense`:
     name -> dtype of every tensor that was dense before. `config_dtype`: what config.json said. `merged`: weights
-    that were quantised as well, and have no hint because an adapter was merged into them.
+    that were quantised as well, and have no hint because an adapter was merged into them. `inverse`: `calibration`
+    holds reciprocals.
     """
 
     weights: Mapping[str, Hint] = field(default_factory=dict)
@@ -79,6 +81,7 @@ class Hints:
     config_dtype: str | None = None
     merged: frozenset[str] = frozenset()
     files: tuple[HintFile, ...] = ()
+    inverse: bool = False
 
     @property
     def selection(self) -> frozenset[str]:

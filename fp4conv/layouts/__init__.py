@@ -5,14 +5,17 @@ from __future__ import annotations
 from fp4conv.errors import UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
+from fp4conv.layouts.completeness import check_complete
 from fp4conv.layouts.compressed_tensors import CompressedTensors
 from fp4conv.layouts.fakequant import attach_training
+from fp4conv.layouts.fp8 import Fp8
 from fp4conv.layouts.hf import HfDense
 from fp4conv.layouts.modelopt import ModelOpt
 from fp4conv.layouts.openai import OpenAI
-from fp4conv.model import Model, Source
+from fp4conv.layouts.openai_original import OpenAIOriginal
+from fp4conv.model import FP8, Model, Source
 
-LAYOUTS: tuple[Layout, ...] = (OpenAI(), CompressedTensors(), ModelOpt(), HfDense())
+LAYOUTS: tuple[Layout, ...] = (OpenAIOriginal(), OpenAI(), CompressedTensors(), ModelOpt(), Fp8(), HfDense())
 
 
 def parse(source: Source) -> Model:
@@ -21,9 +24,10 @@ def parse(source: Source) -> Model:
     layout = next(layout for layout in LAYOUTS if layout.recognises(source))
     parsed = layout.parse(source, family)
     weights = tuple(sorted(parsed.weights, key=lambda weight: natural_key(weight.name)))
-    config = source.json("config.json")
+    config = parsed.config if parsed.config is not None else source.json("config.json")
     notes = () if config is not None else ("there is no config.json: no program knows what model these tensors are",)
-    warnings = (*source.warnings, *parsed.warnings, *notes)
+    missing = check_complete(weights, config or {})
+    warnings = (*source.warnings, *parsed.warnings, *notes, *missing)
     model = Model(source, family, layout.name, weights, config or {}, parsed.calibration, warnings=warnings)
     return attach_training(model, source)
 
@@ -33,7 +37,7 @@ def layout_named(name: str) -> Layout:
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
-    names = ", ".join(layout.name for layout in LAYOUTS)
+    names = ", ".join(layout.name for layout in LAYOUTS if layout.name != FP8)
     raise UsageError(f"--layout: there is no layout {name!r}", hint=f"choose one of: {names}")
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fp4conv.errors import SourceError
 from fp4conv.families import Family
+from fp4conv.formats import BlockFormat
 from fp4conv.layouts.base import Parsed, Written, layer_count
-from fp4conv.layouts.parts import Part, dense_weight
+from fp4conv.layouts.damaged import mending_notes, misnamed_experts, refuse_lost_experts
+from fp4conv.layouts.parts import Part, dense_part, dense_weight
 from fp4conv.layouts.quant_config import MODEL_CONFIG, read_quant_config
 from fp4conv.model import JSON, Source, Weight
 
 # Suffixes that only a quantised checkpoint of a kind that is not read here has.
 _FOREIGN = (
-    (".weight_scale_inv", "FP8 block-scaled"),
     (".qweight", "GPTQ or AWQ"),
     (".weight.absmax", "bitsandbytes"),
     (".weight_packed", "compressed-tensors"),
@@ -24,11 +26,14 @@ _FOREIGN = (
 class HfDense:
     name = "hf"
     formats: tuple[str, ...] = ()
+    kv_scales = False
 
     def recognises(self, source: Source) -> bool:
         return True  # the last in the list: what no other layout claims
 
     def parse(self, source: Source, family: Family) -> Parsed:
+        refuse_lost_experts(source.tensors)
+        mended = misnamed_experts(source.tensors)
         for name, ref in source.tensors.items():
             kind = next((kind for suffix, kind in _FOREIGN if name.endswith(suffix)), None)
             if kind or ref.spec.dtype.startswith("F8_"):
@@ -38,9 +43,10 @@ class HfDense:
                     hint="convert from the BF16 checkpoint instead",
                 )
         layers = layer_count(source)
-        weights = tuple(dense_weight(ref, family, layers) for ref in source.tensors.values())
+        renamed = (replace(ref, name=mended.get(name, name)) for name, ref in source.tensors.items())
+        weights = tuple(dense_weight(ref, family, layers) for ref in renamed)
         claim = read_quant_config(source)
-        warnings = []
+        warnings = mending_notes(mended, source)
         if claim is not None:
             warnings.append(
                 f"the config says the weights are quantised ({claim.algo or claim.format or claim.method}), but no "
@@ -51,8 +57,11 @@ class HfDense:
     def refusal(self, weight: Weight, family: Family) -> str | None:
         return "the hf layout holds dense tensors only"
 
-    def place(self, weight: Weight, input_scale: bool) -> tuple[Part, ...]:
+    def place(self, weight: Weight, target: BlockFormat, input_scale: bool) -> tuple[Part, ...]:
         raise AssertionError("a dense layout places no quantised weight")
+
+    def place_dense(self, weight: Weight, dtype: str) -> Part:
+        return dense_part(weight, dtype)
 
     def config(self, written: Written) -> Mapping[str, JSON]:
         return {MODEL_CONFIG: dict(written.config)}

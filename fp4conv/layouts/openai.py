@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 
 from fp4conv.families import Family, Role
-from fp4conv.formats import MXFP4
+from fp4conv.formats import MXFP4, BlockFormat
 from fp4conv.layouts.base import Parsed, Written, layer_count
-from fp4conv.layouts.parts import Part, PartNames, collect, dense_weight, spell
+from fp4conv.layouts.damaged import misnamed_experts
+from fp4conv.layouts.parts import Part, PartNames, collect, dense_part, dense_weight, spell
 from fp4conv.layouts.quant_config import MODEL_CONFIG
 from fp4conv.model import JSON, Source, Weight
 
@@ -26,9 +27,10 @@ _NOT_CONVERTED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "mode
 class OpenAI:
     name = "openai"
     formats = (MXFP4.name,)
+    kv_scales = False
 
     def recognises(self, source: Source) -> bool:
-        return any(_MARK.search(name) for name in source.tensors)
+        return any(_MARK.search(name) for name in source.tensors) and not misnamed_experts(source.tensors)
 
     def parse(self, source: Source, family: Family) -> Parsed:
         layers = layer_count(source)
@@ -43,8 +45,11 @@ class OpenAI:
             return "in gpt-oss MXFP4 only the experts are quantised: no server reads more (--modules experts)"
         return None
 
-    def place(self, weight: Weight, input_scale: bool) -> tuple[Part, ...]:
+    def place(self, weight: Weight, target: BlockFormat, input_scale: bool) -> tuple[Part, ...]:
         return spell(EXPERTS, weight, input_scale=False)
+
+    def place_dense(self, weight: Weight, dtype: str) -> Part:
+        return dense_part(weight, dtype)
 
     def config(self, written: Written) -> Mapping[str, JSON]:
         quantization: dict[str, JSON] = {"modules_to_not_convert": list(_NOT_CONVERTED), "quant_method": "mxfp4"}

@@ -25,7 +25,8 @@ class PartNames:
 
     A linear layer's stem is its module ('…q_proj', canonical tensor '…q_proj.weight'); the stem of a 3-D
     expert parameter is the parameter itself. `kn`: packed along axis -2. `grouped`: the codes have an
-    axis of blocks, [..., N, K/32, 16].
+    axis of blocks, [..., N, K/32, 16]. `scalar`: the shape of tensor and input scales; `inverse`: those two
+    are stored as reciprocals.
     """
 
     format: BlockFormat
@@ -37,6 +38,8 @@ class PartNames:
     input_scale: str | None = None
     kn: bool = False
     grouped: bool = False
+    scalar: tuple[int, ...] = ()
+    inverse: bool = False
 
     def canonical(self, stem: str) -> str:
         return stem if self.experts else stem + DENSE_SUFFIX
@@ -47,12 +50,23 @@ class PartNames:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor to be written. `kn`: its matrix lies K-major, whatever its shape says of groups."""
+    """One tensor to be written. `kn`: its matrix lies K-major, whatever its shape says of groups.
+
+    `inverse`: a scale that is written as its reciprocal. `stack` = (index, count): this is one of `count` parts of
+    the same name that make one tensor, stacked along axis 0.
+    """
 
     kind: str
     name: str
     spec: TensorSpec
     kn: bool = False
+    inverse: bool = False
+    stack: tuple[int, int] | None = None
+
+
+def dense_part(weight: Weight, dtype: str) -> Part:
+    """`weight` as one dense tensor under its own name."""
+    return Part(PACKED, weight.name, TensorSpec(dtype, weight.shape), weight.kn)
 
 
 def spell(names: PartNames, weight: Weight, input_scale: bool) -> tuple[Part, ...]:
@@ -74,10 +88,11 @@ def spell(names: PartNames, weight: Weight, input_scale: bool) -> tuple[Part, ..
         Part(PACKED, stem + names.packed, TensorSpec("U8", packed), names.kn),
         Part(BLOCK_SCALE, stem + names.block_scale, TensorSpec(names.scale_dtype, matrix(weight.k // block)), names.kn),
     ]
+    scalar = TensorSpec("F32", names.scalar)
     if names.tensor_scale is not None:
-        parts.append(Part(TENSOR_SCALE, stem + names.tensor_scale, TensorSpec("F32", ())))
+        parts.append(Part(TENSOR_SCALE, stem + names.tensor_scale, scalar, inverse=names.inverse))
     if input_scale and names.input_scale is not None:
-        parts.append(Part(INPUT_SCALE, stem + names.input_scale, TensorSpec("F32", ())))
+        parts.append(Part(INPUT_SCALE, stem + names.input_scale, scalar, inverse=names.inverse))
     return tuple(parts)
 
 
@@ -91,7 +106,11 @@ class Collected:
 
 
 def collect(source: Source, family: Family, tables: Iterable[PartNames], layers: int | None) -> Collected:
-    """Find every weight whose block scales or codes are there; a part without its partner is a SourceError."""
+    """Find every weight whose block scales or codes are there; a part without its partner is a SourceError.
+
+    Tables that share the suffix of block scales are told apart by those scales' dtype.
+    """
+    tables = tuple(tables)
     weights: list[Weight] = []
     input_scales: dict[str, TensorRef] = {}
     used: set[str] = set()
@@ -108,6 +127,7 @@ def collect(source: Source, family: Family, tables: Iterable[PartNames], layers:
             if names.input_scale and (found := source.tensors.get(stem + names.input_scale)):
                 input_scales[weight.module] = _scalar(found, "input scale", names)
                 used.add(found.name)
+    for names in tables:
         _refuse_orphans(source, names, used)
     return Collected(tuple(weights), input_scales, frozenset(used))
 
@@ -143,7 +163,7 @@ def _assemble(
             hint="convert from the BF16 checkpoint instead",
         )
     kn = names.experts and family.experts_kn
-    value = Decoded(names.format.name, block, packed, scale, tensor_scale, names.kn)
+    value = Decoded(names.format.name, block, packed, scale, tensor_scale, names.kn, names.inverse)
     shape = (*batch, k, n) if kn else (*batch, n, k)
     weight = Weight(canonical, module, role_of(module, layers), shape, value, kn)
     return weight, value.refs

@@ -18,7 +18,10 @@ MODEL_CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`ignore`: modules said to be unquantised, as exact names, globs, or prefixes of dotted names."""
+    """`ignore`: modules said to be unquantised, as exact names, globs, or prefixes of dotted names.
+
+    `inputs_quantized`: some group of config_groups quantises activations. `block_shape`: FP8's weight_block_size.
+    """
 
     method: str
     algo: str | None = None
@@ -26,6 +29,8 @@ class QuantConfig:
     kv_cache_algo: str | None = None
     ignore: tuple[str, ...] = ()
     format: str | None = None
+    inputs_quantized: bool = False
+    block_shape: tuple[int, ...] = ()
 
 
 def read_quant_config(source: Source) -> QuantConfig | None:
@@ -51,6 +56,8 @@ def _from_model_config(claim: Mapping[str, JSON]) -> QuantConfig:
         kv_cache_algo=_text(claim.get("kv_cache_quant_algo")) or kv,
         ignore=_names(ignore),
         format=_text(claim.get("format")),
+        inputs_quantized=any(isinstance(group.get("input_activations"), dict) for group in _groups(claim)),
+        block_shape=_integers(claim.get("weight_block_size")),
     )
 
 
@@ -67,12 +74,21 @@ def _from_hf_quant_config(claim: Mapping[str, JSON]) -> QuantConfig:
 def _group_size(claim: Mapping[str, JSON]) -> int | None:
     if (top := _integer(claim.get("group_size"))) is not None:
         return top
-    groups = claim.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
+    for group in _groups(claim):
+        weights = group.get("weights")
         if isinstance(weights, dict) and (size := _integer(weights.get("group_size"))) is not None:
             return size
     return None
+
+
+def _groups(claim: Mapping[str, JSON]) -> list[dict[str, JSON]]:
+    groups = claim.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+
+
+def _integers(value: JSON) -> tuple[int, ...]:
+    items = value if isinstance(value, list) else []
+    return tuple(item for item in items if isinstance(item, int) and not isinstance(item, bool))
 
 
 def _text(value: JSON) -> str | None:

@@ -14,7 +14,7 @@ from fp4conv.formats import MergeRounding
 from fp4conv.lora import experts
 from fp4conv.lora.config import read_config
 from fp4conv.lora.names import AdapterTensors, candidates, sort_tensors, unused, unwrapped
-from fp4conv.model import FLOAT_DTYPES, Adapter, Decoded, LoraMerged, Model, Source, Stored, Weight
+from fp4conv.model import FLOAT_DTYPES, Adapter, LoraMerged, Model, OnDisk, Source, Stored, Weight
 from fp4conv.safetensors_io import TensorRef
 
 # What LoRA-QAT with ModelOpt leaves beside an adapter. Their presence is all that is looked at.
@@ -231,11 +231,11 @@ class _Merge:
         before = weight.value.deltas if isinstance(weight.value, LoraMerged) else ()
         self._put(weight, weight.base, (*before, delta))
 
-    def _put(self, weight: Weight, base: Stored | Decoded, deltas: tuple[Delta, ...]) -> None:
+    def _put(self, weight: Weight, base: OnDisk, deltas: tuple[Delta, ...]) -> None:
         if isinstance(weight.value, LoraMerged):
             dtype = weight.value.dtype
         else:
-            dtype = "BF16" if isinstance(weight.base, Decoded) else weight.base.ref.spec.dtype
+            dtype = weight.base.ref.spec.dtype if isinstance(weight.base, Stored) else "BF16"
         linear = any(isinstance(delta, LowRank) and delta.linear for delta in deltas)
         value = LoraMerged(base, deltas, self._rounding, dtype, beside=self._trained and linear)
         self._weights[weight.name] = replace(weight, value=value)

@@ -59,7 +59,7 @@ def note(log: HintLog, decoding: Decoding) -> Run | None:
     """Log what a unit's values do not tell of its codes and, for MXFP4, of its scales. None where they tell all."""
     value = _decoded(decoding.unit)
     fmt = value.format
-    factor = kernels.factors(fmt, decoding.tensor_scale)
+    factor = kernels.factors(fmt, decoding.tensor_scale, inverse=value.inverse)
     tables = kernels.code_tables(factor, decoding.dtype)
     unsure = kernels.uncertain_bytes(tables, factor) if fmt is MXFP4 else kernels.ambiguous_bytes(tables)
     if fmt is not MXFP4 and not unsure[decoding.codes.block_scale].any():

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.codecs import codec_named
+from fp4conv.codecs import codec_named, fp8
 from fp4conv.codecs.base import Codes, Coding, Rows, Tally
 from fp4conv.codecs.dense import count_nonfinite, narrow, widen
 from fp4conv.errors import ValuesError
@@ -18,11 +18,12 @@ from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4_AMAX_DIVISOR, MergeRound
 from fp4conv.hints.runs import Run
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
-from fp4conv.model import FLOAT_DTYPES, Decoded, LoraMerged, Stored, Weight
+from fp4conv.model import FLOAT_DTYPES, BlockScaled, Decoded, LoraMerged, Stored, Weight
 from fp4conv.pipeline import hints, merging
 from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.hint_log import HintLog
 from fp4conv.pipeline.matrices import Array, Scratch, at, position, read_rows, rows_shape, write_rows
+from fp4conv.pipeline.settle import reciprocal, stored_scale
 from fp4conv.plan import Action, Output, Plan, Span, Step, Unit
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer
 
@@ -223,11 +224,13 @@ def _encode(bench: Bench, unit: Unit, rows: Rows, progress: Progress, scratch: S
 
 
 def _kept_scale(bench: Bench, step: Step, rows: Rows) -> float:
-    """The tensor scale of a merged weight that keeps the stored one, since others of its set do; 1.0 where none is."""
+    """The tensor scale where it is known beforehand: a repaired set's, or one that others of the set keep; else 1.0."""
     weight = _weight(step)
     if step.merged is None or not isinstance(weight.base, Decoded) or not BLOCK_FORMATS[step.target].tensor_scale:
-        return 1.0
-    scale = stored_tensor_scale(bench.reader, weight.base)
+        return step.tensor_scale or 1.0
+    scale = step.tensor_scale or stored_tensor_scale(bench.reader, weight.base)
+    if weight.base.inverse and step.tensor_scale is None:
+        scale = reciprocal(scale, weight.name)
     amax, _ = compiled.amax(rows.array)
     if amax > NVFP4_AMAX_DIVISOR * scale:
         raise ValuesError(
@@ -324,34 +327,40 @@ def _dequantize(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) 
     return {}
 
 
-def _note_hints(bench: Bench, unit: Unit, codes: Codes, dense: Rows, progress: Progress) -> None:
+def _note_hints(bench: Bench, unit: Unit, codes: Codes | None, dense: Rows, progress: Progress) -> None:
     """Log what `dense` (F16 widened again) does not tell of the codes that it was decoded from."""
     value = _weight(unit.step).value
     if bench.log is None or bench.plan.kept is None or unit.step.key not in bench.plan.kept.weights:
         return
     assert isinstance(value, Decoded)
+    assert codes is not None
     scale = stored_tensor_scale(bench.reader, value)
     run = hints.note(bench.log, hints.Decoding(unit, codes, dense, unit.step.target.upper(), scale))
     if run is not None:
         progress.runs.append(run)
 
 
-def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> Codes:
-    """Decode the unit's rows of a quantised weight into `out`. ValuesError where a value is not finite."""
+def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> Codes | None:
+    """Decode the unit's rows of a quantised weight into `out`. ValuesError where a value is not finite.
+
+    Returns the codes of a four-bit weight.
+    """
     weight = _weight(unit.step)
-    codes = _codes_in(bench, unit, scratch)
-    value = weight.base
-    assert isinstance(value, Decoded)
-    scale = stored_tensor_scale(bench.reader, value)
-    bad = codec_named(value.format_name).decode(codes, scale, out)
+    value, codes = weight.base, None
+    if isinstance(value, BlockScaled):
+        bad = _decode_tiles(bench, unit, value, out, scratch)
+    else:
+        assert isinstance(value, Decoded)
+        codes, scale = _codes_in(bench, unit, scratch), stored_tensor_scale(bench.reader, value)
+        bad = codec_named(value.format_name).decode(codes, scale, out, inverse=value.inverse)
     if bad >= 0:
         kind = "BF16" if out.array.dtype == np.uint16 else "F32"
         raise ValuesError(
-            f"the value at {position(unit, bad)} is not finite in {kind}: its block scale is NaN or too large",
+            f"the value at {position(unit, bad)} is not finite in {kind}: it or its scale is NaN or too large",
             where=weight.name,
             hint="the checkpoint is damaged: download or export it again",
         )
-    if value.format.tensor_scale:
+    if isinstance(value, Decoded) and value.format.tensor_scale and codes is not None:
         _refuse_negative_scales(weight, unit, codes)
     return codes
 
@@ -371,6 +380,17 @@ def _refuse_negative_scales(weight: Weight, unit: Unit, codes: Codes) -> None:
         where=weight.name,
         hint="the checkpoint is damaged: download or export it again",
     )
+
+
+def _decode_tiles(bench: Bench, unit: Unit, value: BlockScaled, out: Rows, scratch: Scratch) -> int:
+    """FP8: the unit's rows, and the rows of scales that cover them."""
+    assert not out.kn, "a linear layer's rows are rows everywhere"
+    codes = read_rows(bench.reader, value.values, False, unit, scratch)
+    columns, dtype = value.scale.spec.shape[1], value.scale.spec.dtype
+    first, count = fp8.tile_rows(unit.n0, unit.n1 - unit.n0, value.block[0])
+    scales = scratch.array("tiles", (count, columns), dtype)
+    bench.reader.read_into(value.scale.file, value.scale.offset + first * columns * DTYPE_BYTES[dtype], scales)
+    return fp8.decode(codes.view(np.uint8), fp8.Tiles(scales, dtype, unit.n0, value.block), out.array)
 
 
 def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -> Counts:
@@ -415,6 +435,7 @@ _BY_ACTION: Mapping[Action, Callable[[Bench, Unit, Progress, Scratch], Counts]] 
     Action.DEQUANTIZE: _dequantize,
     Action.TRANSCODE: _transcode,
     Action.REBLOCK: _reblock,
+    Action.REQUANTIZE: _transcode,
     Action.MERGE: _merge,
 }
 
@@ -457,15 +478,7 @@ def stored_tensor_scale(reader: Reader, value: Decoded) -> float:
     """The F32 tensor scale of an NVFP4 weight, which must be finite and > 0; 1.0 for formats without one."""
     if value.tensor_scale is None:
         return 1.0
-    scale = np.empty(1, np.float32)
-    reader.read_into(value.tensor_scale.file, value.tensor_scale.offset, scale)
-    if not (np.isfinite(scale[0]) and scale[0] > 0):
-        raise ValuesError(
-            f"a tensor scale of {scale[0]}; expected finite and greater than zero",
-            where=f"{value.tensor_scale.name} ({value.tensor_scale.file})",
-            hint="the checkpoint is damaged: download or export it again",
-        )
-    return float(scale[0])
+    return stored_scale(reader, value.tensor_scale)
 
 
 def refuse_nonfinite(weight: Weight, where: list[int]) -> None:

@@ -26,7 +26,8 @@ from fp4conv.pipeline.operations import Bench, Counts, Progress, TensorScale, wo
 from fp4conv.pipeline.results import Outcome, StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
-from fp4conv.plan import Plan, ScaleOf, Span, Step, Unit, block_budget, reserved_bytes, units
+from fp4conv.pipeline.settle import reciprocal, turned_over
+from fp4conv.plan import Output, Plan, Reciprocal, ScaleOf, Span, Step, Unit, block_budget, reserved_bytes, units
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
 from fp4conv.staging import Staging
 
@@ -235,15 +236,27 @@ class _Runner:
     def _write_known(self, step: Step) -> None:
         """The bytes that the plan knows, and the tensor scale that the scan found."""
         for output in step.outputs:
-            content = output.origin if isinstance(output.origin, bytes) else None
-            if isinstance(output.origin, ScaleOf):
-                content = f32_bytes(scale_of(self._bench, output.origin))
-            if output.part.kind == TENSOR_SCALE and output.origin is None:
-                assert step.group is not None
-                found = self._bench.scales[step.group]
-                content = f32_bytes((found.hinted or {}).get(step.key, found.value))
+            content = self._known_bytes(step, output)
             if content is not None:
                 self._bench.writers[output.file].write(output.offset, content)
+
+    def _known_bytes(self, step: Step, output: Output) -> bytes | None:
+        origin = output.origin
+        if isinstance(origin, bytes):
+            return origin
+        if isinstance(origin, Reciprocal):
+            return f32_bytes(turned_over(self._bench.reader, origin))
+        if isinstance(origin, ScaleOf):
+            value = scale_of(self._bench, origin)
+        elif origin is None and output.part.kind == TENSOR_SCALE:
+            assert step.group is not None
+            found = self._bench.scales[step.group]
+            value = (found.hinted or {}).get(step.key, found.value)
+            if found.hinted and self._bench.plan.hints.weights[step.key].inverse:
+                return f32_bytes(value if output.part.inverse else reciprocal(value, step.key))
+        else:
+            return None
+        return f32_bytes(reciprocal(value, step.key) if output.part.inverse else value)
 
 
 def _source_bytes(task: _Task) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fp4conv.codecs.dense import widen
 from fp4conv.codecs.nvfp4 import tensor_scale
-from fp4conv.formats import NVFP4
+from fp4conv.formats import MXFP4, NVFP4
 from fp4conv.hints.values import Hint
 from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
@@ -35,7 +35,8 @@ class Scan:
         self.group = group
         self.steps = steps
         self.ready = threading.Event()
-        self._closed_form = all(isinstance(_weight(step).value, Decoded) for step in steps)
+        values = [_weight(step).value for step in steps]
+        self._closed_form = all(isinstance(value, Decoded) and value.format is MXFP4 for value in values)
         self._amax: dict[str, float] = dict.fromkeys((step.key for step in steps), 0.0)
         self._starts, self._ends = new_window_counts()
         self._hints, self._stale = _hints_of_set(steps, hints)

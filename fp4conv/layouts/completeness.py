@@ -1,0 +1,114 @@
+"""Is anything missing? Layers and experts of a parsed model against one another and against its config.
+
+Missing experts are an error: programs fill them with random values without a word. A layer that lacks what layers of
+its kind have is named in a warning. Kinds are told by the tensors: a layer that has less than another and nothing of
+its own is taken for a poorer one of the same kind; layers that differ both ways (dense and expert layers, linear and
+full attention) are two kinds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from fp4conv.errors import SourceError
+from fp4conv.families import Role
+from fp4conv.model import JSON, Weight
+
+_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|layer|blocks))\.(?P<number>\d+)\.(?P<rest>.+)$")
+_EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.+)$")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ANY_EXPERT = r"\g<parent>.*.\g<rest>"
+_ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
+_FUSED = ("gate_up_proj", "down_proj")
+_HINT = "the checkpoint is incomplete, and nothing is ever filled in: download or save it again"
+
+
+def check_complete(weights: Sequence[Weight], config: Mapping[str, JSON]) -> tuple[str, ...]:
+    """Warnings. SourceError where experts are missing."""
+    stated = config.get("text_config")
+    config = stated if isinstance(stated, dict) else config
+    total = config.get("num_hidden_layers")
+    layers = _layers(weight.name for weight in weights if weight.role not in (Role.MTP, Role.VISION, Role.AUDIO))
+    notes: list[str] = []
+    for stack, found in layers.items():
+        _check_expert_modules(stack, found, config)
+        if config.get("model_type") == "gpt_oss":
+            _check_gpt_oss(stack, found, total if isinstance(total, int) else 0)
+        notes += _poorer(stack, found)
+        absent = [layer for layer in range(total) if layer not in found] if isinstance(total, int) else []
+        if absent and len(layers) == 1:
+            notes.append(
+                f"the config says {total} layers; of {stack} there are none numbered {_some(map(str, absent))}"
+            )
+    return tuple(notes)
+
+
+def _layers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Stack ('model.layers') -> layer -> names within the layer. Numbers within a layer's name begin no new stack."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if match := _LAYER.match(name):
+            found.setdefault(match["stack"], {}).setdefault(int(match["number"]), set()).add(match["rest"])
+    return found
+
+
+def _check_gpt_oss(stack: str, found: Mapping[int, set[str]], total: int) -> None:
+    """Every layer has both expert parameters; experts in a form that is not known here are left alone."""
+    for layer in range(max(total, max(found) + 1)):
+        inside = found.get(layer, set())
+        unknown = [name for name in inside if ".experts." in name and not name.endswith((*_FUSED, "_bias"))]
+        for leaf in () if unknown else _FUSED:
+            if f"mlp.experts.{leaf}" not in inside:
+                where = f"{stack}.{layer}.mlp.experts.{leaf}"
+                raise SourceError("is not there: the experts of this layer are lost", where=where, hint=_HINT)
+
+
+def _check_expert_modules(stack: str, found: Mapping[int, set[str]], config: Mapping[str, JSON]) -> None:
+    """Every expert of a layer has the tensors that the others have, and there are as many as in other layers."""
+    experts = {layer: _experts(inside) for layer, inside in found.items()}
+    if not any(experts.values()):
+        return
+    stated = next((count for key in _EXPERT_COUNTS if isinstance(count := config.get(key), int)), 0)
+    most = max(max(numbers) + 1 for groups in experts.values() for numbers in groups.values())
+    for layer, groups in sorted(experts.items()):
+        if not groups and (router := next((name for name in found[layer] if _ROUTER.search(name)), None)):
+            where = f"{stack}.{layer}.{router}"
+            raise SourceError("a router without experts; other layers have some", where=where, hint=_HINT)
+        for parent, members in groups.items():
+            wanted = set().union(*members.values())
+            for number in range(max(stated, most)):
+                if lacking := wanted - members.get(number, set()):
+                    raise SourceError(
+                        f"is not there, other experts have it ({len(members)} experts of {max(stated, most)} found)",
+                        where=f"{stack}.{layer}.{parent}.{number}.{min(lacking)}",
+                        hint=_HINT,
+                    )
+
+
+def _experts(inside: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """'mlp.experts' -> expert -> names within the expert."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in inside:
+        if match := _EXPERT.match(name):
+            found.setdefault(match["parent"], {}).setdefault(int(match["number"]), set()).add(match["rest"])
+    return found
+
+
+def _poorer(stack: str, found: Mapping[int, set[str]]) -> list[str]:
+    kinds = {layer: frozenset(_EXPERT.sub(_ANY_EXPERT, name) for name in rest) for layer, rest in found.items()}
+    distinct = set(kinds.values())
+    notes = []
+    for layer, kind in sorted(kinds.items()):
+        richer = [other for other in distinct if kind < other]
+        if richer:
+            lacking = min(richer, key=len) - kind
+            notes.append(
+                f"{stack}.{layer} lacks {len(lacking)} tensors that other layers have: {_some(sorted(lacking), 3)}"
+            )
+    return notes
+
+
+def _some(items: Iterable[str], most: int = 5) -> str:
+    listed = list(items)
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
