@@ -214,11 +214,6 @@ FOREIGN: dict[str, tuple[Tensors, dict[str, object], str]] = {
         {"quant_method": "gptq", "bits": 4},
         f"{DOWN}.qweight",
     ),
-    "fp8 of DeepSeek": (
-        {f"{DOWN}.weight": e4m3(np.ones((8, 8))), f"{DOWN}.weight_scale_inv": np.ones((1, 1), np.float32)},
-        {"quant_method": "fp8", "weight_block_size": [128, 128]},
-        DOWN,
-    ),
     "fp8 of compressed-tensors": (
         {f"{DOWN}.weight": e4m3(np.ones((8, 8))), f"{DOWN}.weight_scale": bf16(np.ones((8, 1)))},
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
@@ -252,10 +247,6 @@ BROKEN: dict[str, tuple[Tensors, str]] = {
     "MXFP4 blocks without scales": (changed(mxfp4(), {f"{EXPERTS}_scales": None}), f"{EXPERTS}_blocks"),
     "MXFP4 scales without blocks": (changed(mxfp4(), {f"{EXPERTS}_blocks": None}), f"{EXPERTS}_blocks"),
     "MXFP4 blocks in BF16": (changed(mxfp4(), {f"{EXPERTS}_blocks": noise((2, 8, 2, 16))}), f"{EXPERTS}_blocks"),
-    "BF16 experts saved as blocks": (
-        changed(mxfp4(), {f"{EXPERTS}_blocks": noise((2, 64, 8)), f"{EXPERTS}_scales": None}),
-        f"{EXPERTS}_blocks",
-    ),
     "MXFP4 scales in F32": (changed(mxfp4(), {f"{EXPERTS}_scales": np.ones((2, 8, 2), np.float32)}), EXPERTS),
     "MXFP4 scales of another shape": (
         changed(mxfp4(), {f"{EXPERTS}_scales": np.ones((2, 8, 3), np.uint8)}),
@@ -309,25 +300,6 @@ def test_parts_that_do_not_fit_together(tmp_path: Path, kind: str, to: str) -> N
     tensors, where = BROKEN[kind]
     source = write_model(tmp_path / "src", tensors, {"model_type": "gpt_oss"})
     refused(source, to=to, says=(where,))
-
-
-@pytest.mark.parametrize(
-    "name", ["gptoss-bf16-from-mxfp4-hf523-blocks-names", "gptoss-qat-fakequant-mxfp4-from-mxfp4base"]
-)
-@pytest.mark.parametrize("to", ["mxfp4", "nvfp4", "f32"])
-def test_damaged_checkpoints_are_recognised(full_reference: Reference, tmp_path: Path, name: str, to: str) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(full_reference(name), source)
-    refused(source, to=to, says=("_proj_blocks", "BF16"))
-
-
-@pytest.mark.parametrize(
-    "name", ["gptoss-mxfp4-attempt-export", "llama-mxfp4-attempt-default", "qwen3moe-mxfp4-attempt-mlp-weight-only"]
-)
-def test_mxfp4_attempts_of_the_exporter_are_refused(full_reference: Reference, tmp_path: Path, name: str) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(full_reference(name), source)
-    refused(source, to="bf16", says=("weight_scale", "U8"))
 
 
 @pytest.mark.parametrize(("to", "k"), [("nvfp4", 40), ("mxfp4", 48), ("nvfp4", 8)])

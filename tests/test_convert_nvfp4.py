@@ -96,7 +96,7 @@ def constructed(tmp_path: Path, exponents: list[int], codes: list[list[int]]) ->
         f"{stem}_scales": scales.astype(np.uint8).reshape(1, 1, -1),
         "model.layers.0.self_attn.sinks": noise((4,)),
     }
-    return write_model(tmp_path / "src", tensors, {"model_type": "gpt_oss", "num_hidden_layers": 1}), stem
+    return write_model(tmp_path / "src", tensors, {"model_type": "half of gpt_oss", "num_hidden_layers": 1}), stem
 
 
 @pytest.mark.parametrize("base", [0, 20, -90])
