@@ -201,6 +201,15 @@ class Weight:
                 return ref.spec.dtype.lower()
 
     @property
+    def has_matrix(self) -> bool:
+        """Floating-point values of two axes or more: what a server may ask about, whether or not a codec takes it."""
+        return isinstance(self.base, Decoded) or (
+            len(self.shape) >= 2
+            and not self.name.endswith("bias")  # experts have biases of two axes
+            and self.base.ref.spec.dtype in (*FLOAT_DTYPES, "F64")
+        )
+
+    @property
     def is_matrix(self) -> bool:
         """A weight that a block format could hold: a linear layer's, or an expert parameter's."""
         if not isinstance(self.base, Stored):

@@ -13,7 +13,7 @@ from math import gcd
 
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
-from fp4conv.families import Role, natural_key, shared_set_of
+from fp4conv.families import EXCLUDED, IN_OUT_MODEL_TYPES, Role, natural_key, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
 from fp4conv.hints.keeping import Beside, with_hints, with_room
 from fp4conv.hints.reading import read_hints
@@ -325,7 +325,7 @@ def _config(goal: _Goal, parts: Sequence[Part]) -> Mapping[str, JSON]:
         base = _with_dtype(base, _CONFIG_DTYPES[goal.to])
     elif goal.hints.config_dtype:
         base = _with_dtype(base, goal.hints.config_dtype)
-    matrices = [weight for weight in goal.model.weights if weight.is_matrix]
+    matrices = [weight for weight in goal.model.weights if weight.has_matrix]
     dense = [weight.module for weight in matrices if weight.name not in goal.chosen]
     if goal.model.family.name != "encoder" and "lm_head" not in {weight.module for weight in matrices}:
         dense.append("lm_head")  # tied to the embeddings: no tensor, but a module that servers ask about
@@ -372,12 +372,27 @@ def _artifact(goal: _Goal) -> Artifact:
     return Artifact(
         format=goal.to,
         layout=goal.layout.name,
-        family=goal.model.family.name,
+        family=goal.model.family.name if _is_ordinary(goal, quantized) else "unknown",
         input_scales=bool(goal.scales),
         k_multiple=gcd(*(weight.k for weight in quantized)),
         model_type=str(goal.model.config.get("model_type", "")),
         quantised=frozenset(weight.module.rpartition(".")[2] for weight in quantized),
     )
+
+
+def _is_ordinary(goal: _Goal, quantized: Sequence[Weight]) -> bool:
+    """Whether the rules read in servers' sources speak of this model: they know none of these oddities."""
+    model_type = goal.model.config.get("model_type")
+    if goal.layout.name != "openai-original" and (not model_type or model_type in IN_OUT_MODEL_TYPES):
+        return False
+    if goal.target is None:
+        return True
+    return not _opaque(goal.model) and not any(weight.role in EXCLUDED for weight in quantized)
+
+
+def _opaque(model: Model) -> list[Weight]:
+    """Matrices that no rule here can quantise: of more axes than is known, of another type, or bare parameters."""
+    return [w for w in model.weights if w.has_matrix and not w.is_matrix and w.elements and w.role not in EXCLUDED]
 
 
 def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
@@ -397,7 +412,7 @@ def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
 
 def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -> list[str]:
     notes = []
-    kept = [draft for draft in drafts if draft.weight and draft.target in DENSE_TARGETS and draft.target != goal.to]
+    kept = [d for d in drafts if d.weight and d.target in (*DENSE_TARGETS, "f64") and d.target != goal.to]
     if goal.target is None and kept:
         notes.append(
             f"{len(kept)} tensors of another type than most stay as they are ({kept[0].key}: {kept[0].target})"
@@ -414,7 +429,9 @@ def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -
             f"{len(cast_back)} dense tensors go back to the type that round-trip hints say they had "
             f"({cast_back[0].key}: {cast_back[0].target}); --no-hints keeps the one that they have"
         )
-    opaque = [w for w in goal.model.weights if len(w.shape) > 2 and not w.is_matrix and w.role is not Role.CONV]
-    if opaque and goal.target is not None:
-        notes.append(f"{len(opaque)} tensors of more than two axes are copied, not quantised ({opaque[0].name})")
+    if goal.target is not None and (opaque := _opaque(goal.model)):
+        shown = f"{opaque[0].name}: {opaque[0].format_name} {list(opaque[0].shape)}"
+        notes.append(f"{len(opaque)} matrices of a kind that fp4conv does not quantise stay as they are ({shown})")
+    if goal.target is not None and (ahead := [w for w in goal.model.weights if w.role is Role.MTP and w.is_matrix]):
+        notes.append(f"{len(ahead)} matrices were taken for multi-token prediction and stay dense ({ahead[0].name})")
     return notes

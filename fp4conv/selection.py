@@ -61,7 +61,7 @@ def select(
         # The source's own format is only laid out anew: what it holds stays unless it was excluded by name.
         chosen |= {w.name for w in matrices if w.name in already and not _matches(w.module, selection.exclude)}
     _check_layout(model, layout, [weight for weight in matrices if weight.name in chosen])
-    _check_sets(matrices, chosen, already | hinted)
+    _check_sets([weight for weight in model.weights if weight.has_matrix], chosen, already | hinted)
     return frozenset(chosen)
 
 

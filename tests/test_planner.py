@@ -396,3 +396,44 @@ def test_quantised_experts_of_unknown_orientation_are_refused(reference: Referen
         write_model(tmp_path / name, tensors, config_of(reference(name)))
         with pytest.raises(SourceError, match="known of gpt-oss alone"):
             plan_conversion(tmp_path / name, to="bf16")
+
+
+def llama_attention(**changed: Array) -> dict[str, Array]:
+    prefix = "model.layers.0.self_attn."
+    made = {f"{prefix}{leaf}_proj.weight": noise((64, 64), seed) for seed, leaf in enumerate("qkvo")}
+    return made | {f"{prefix}{leaf}_proj.weight": value for leaf, value in changed.items()}
+
+
+def test_a_member_of_another_type_breaks_its_set(tmp_path: Path) -> None:
+    tensors = llama_attention(k=np.zeros((64, 64), np.float64))
+    write_model(tmp_path / "source", tensors, {"model_type": "llama"})
+    with pytest.raises(PlanError, match=r"all or none.*k_proj"):
+        plan_conversion(tmp_path / "source", to="nvfp4")
+
+
+def test_matrices_that_no_rule_quantises_are_named_and_excluded(tmp_path: Path) -> None:
+    """Granite's fused experts, a bare parameter, an F64 layer: said, in the ignore list, and no server vouched for."""
+    odd = {
+        "model.layers.0.block_sparse_moe.input_linear.weight": noise((4, 64, 64)),
+        "model.layers.0.attn.in_proj_weight": noise((64, 64)),
+        "model.layers.0.self_attn.x_out.weight": np.zeros((64, 64), np.float64),
+    }
+    write_model(tmp_path / "source", llama_attention() | odd, {"model_type": "granitemoe"})
+    plan = plan_conversion(tmp_path / "source", to="nvfp4")
+    assert any("3 matrices of a kind that fp4conv does not quantise" in warning for warning in plan.warnings)
+    assert {verdict.outcome for verdict in plan.servers if verdict.server in ("vllm", "sglang")} == {"unknown"}
+    fp4conv.convert(tmp_path / "source", tmp_path / "out", to="nvfp4")
+    quantization = config_of(tmp_path / "out")["quantization_config"]
+    assert isinstance(quantization, dict)
+    assert {name.removesuffix(".weight") for name in odd} <= set(quantization["ignore"])
+
+
+def test_what_no_source_speaks_of_is_unknown(reference: Reference, tmp_path: Path) -> None:
+    """No model type, or a module quantised that servers hold dense: no rule read in a server's source covers it."""
+    write_model(tmp_path / "source", llama_attention(), {})
+    plan = plan_conversion(tmp_path / "source", to="nvfp4")
+    assert not [verdict for verdict in plan.servers if verdict.loads]
+    plan = plan_conversion(reference("llama-bf16"), to="nvfp4", include=("model.embed_tokens",))
+    assert not [verdict for verdict in plan.servers if verdict.loads]
+    with pytest.raises(PlanError, match="vllm .* is not known to load"):
+        plan_conversion(reference("llama-bf16"), to="nvfp4", include=("model.embed_tokens",), for_server="vllm")

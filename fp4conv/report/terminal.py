@@ -12,6 +12,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fp4conv.families import EXCLUDED
+from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Action, Plan
 from fp4conv.report.converted import ConvertResult
@@ -78,7 +80,33 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
         disk.append(": not enough", style="bold red")
     facts.add_row("disk", disk)
     facts.add_row("memory", f"at most {format_size(peak_bytes)}")
-    return Group(facts, Text(), Text("tensors"), actions, Text(), *servers_view(plan.servers))
+    choice = _choice_view(plan) if plan.target in BLOCK_FORMATS else []
+    return Group(facts, Text(), Text("tensors"), actions, Text(), *choice, *servers_view(plan.servers))
+
+
+def _choice_view(plan: Plan) -> list[RenderableType]:
+    """Which modules end up quantised, and which matrices stay dense, with the reason."""
+    quantized: Counter[str] = Counter()
+    dense: dict[str, Counter[str]] = {}
+    for step in plan.model_steps:
+        if step.weight is None or not step.weight.is_matrix:
+            continue
+        leaf = step.weight.module.rpartition(".")[2]
+        if step.target in BLOCK_FORMATS:
+            quantized[leaf] += 1
+        else:
+            dense.setdefault(EXCLUDED.get(step.weight.role, "not selected"), Counter())[leaf] += 1
+    table = grid("<", "<")
+    table.add_row("quantised", _leaves(quantized))
+    for reason, leaves in dense.items():
+        table.add_row("dense", Text.assemble(_leaves(leaves), (f"  ({reason})", "dim")))
+    return [table, Text()]
+
+
+def _leaves(leaves: Counter[str]) -> str:
+    """'q_proj x36, k_proj x36', the first few."""
+    shown = [f"{leaf} x{count}" if count > 1 else leaf for leaf, count in list(leaves.items())[:8]]
+    return ", ".join(shown) + (", ..." if len(leaves) > 8 else "")
 
 
 def _kept_words(plan: Plan) -> str:
