@@ -385,7 +385,7 @@ def _refuse_negative_scales(weight: Weight, unit: Unit, codes: Codes) -> None:
 def _decode_tiles(bench: Bench, unit: Unit, value: BlockScaled, out: Rows, scratch: Scratch) -> int:
     """FP8: the unit's rows, and the rows of scales that cover them."""
     assert not out.kn, "a linear layer's rows are rows everywhere"
-    codes = read_rows(bench.reader, value.values, False, unit, scratch)
+    codes = read_rows(bench.reader, value.values, False, unit, scratch, part=PACKED)
     columns, dtype = value.scale.spec.shape[1], value.scale.spec.dtype
     first, count = fp8.tile_rows(unit.n0, unit.n1 - unit.n0, value.block[0])
     scales = scratch.array("tiles", (count, columns), dtype)
