@@ -203,7 +203,7 @@ class Weight:
     @property
     def has_matrix(self) -> bool:
         """Floating-point values of two axes or more: what a server may ask about, whether or not a codec takes it."""
-        return isinstance(self.base, Decoded) or (
+        return not isinstance(self.base, Stored) or (
             len(self.shape) >= 2
             and not self.name.endswith("bias")  # experts have biases of two axes
             and self.base.ref.spec.dtype in (*FLOAT_DTYPES, "F64")
