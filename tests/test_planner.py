@@ -430,10 +430,10 @@ def test_matrices_that_no_rule_quantises_are_named_and_excluded(tmp_path: Path) 
 
 def test_what_no_source_speaks_of_is_unknown(reference: Reference, tmp_path: Path) -> None:
     """No model type, or a module quantised that servers hold dense: no rule read in a server's source covers it."""
-    write_model(tmp_path / "source", llama_attention(), {})
+    write_model(tmp_path / "source", llama_attention(), {"hidden_size": 64})
     plan = plan_conversion(tmp_path / "source", to="nvfp4")
     assert not [verdict for verdict in plan.servers if verdict.loads]
     plan = plan_conversion(reference("llama-bf16"), to="nvfp4", include=("model.embed_tokens",))
     assert not [verdict for verdict in plan.servers if verdict.loads]
-    with pytest.raises(PlanError, match="vllm .* is not known to load"):
+    with pytest.raises(PlanError, match=r"vllm .* is not known to load"):
         plan_conversion(reference("llama-bf16"), to="nvfp4", include=("model.embed_tokens",), for_server="vllm")
