@@ -229,6 +229,17 @@ FOREIGN: dict[str, tuple[Tensors, dict[str, object], str]] = {
         {"quant_method": "bitsandbytes"},
         DOWN,
     ),
+    "int8 of bitsandbytes": (
+        {f"{DOWN}.SCB": np.ones(8, np.float32), f"{DOWN}.weight": np.zeros((8, 8), np.int8)},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        DOWN,
+    ),
+    "HQQ": ({f"{DOWN}.W_q": np.zeros((8, 8), np.uint8)}, {"quant_method": "hqq"}, f"{DOWN}.W_q"),
+    "integers of a kind unknown (MLX)": (
+        {f"{DOWN}.weight": np.zeros((8, 4), np.int64), f"{DOWN}.scales": noise((8, 1))},
+        {"group_size": 32, "bits": 4},
+        f"{DOWN}.weight",
+    ),
 }
 
 

@@ -18,6 +18,10 @@ from fp4conv.model import JSON, Source, Weight
 _FOREIGN = (
     (".qweight", "GPTQ or AWQ"),
     (".weight.absmax", "bitsandbytes"),
+    (".SCB", "bitsandbytes int8"),
+    (".W_q", "HQQ"),
+    (".qzeros", "GPTQ or AWQ"),
+    (".codebooks", "AQLM"),
     (".weight_packed", "compressed-tensors"),
     (".weight_shape", "compressed-tensors integer"),
 )
@@ -36,6 +40,8 @@ class HfDense:
         mended = misnamed_experts(source.tensors)
         for name, ref in source.tensors.items():
             kind = next((kind for suffix, kind in _FOREIGN if name.endswith(suffix)), None)
+            if kind is None and name.endswith(".weight") and ref.spec.dtype[0] in "UI" and len(ref.spec.shape) >= 2:
+                kind = f"quantised ({ref.spec.dtype})"  # codes of some kind (MLX, bitsandbytes), or of no kind known
             if kind or ref.spec.dtype.startswith("F8_"):
                 raise SourceError(
                     f"this is a tensor of a {kind or 'FP8'} checkpoint, which fp4conv does not read",
