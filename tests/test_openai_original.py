@@ -247,7 +247,7 @@ def test_no_config(original: Path, tmp_path: Path) -> None:
 # ---- tensors that the layout does not have
 
 
-def rewritten(folder: Path, tmp_path: Path, change: Callable[[Raw], None]) -> Path:
+def rewritten(folder: Path, tmp_path: Path, change: Callable[[Raw], object]) -> Path:
     raw = read_raw(folder)
     change(raw)
     copy = tmp_path / "rewritten"

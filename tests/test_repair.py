@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from checkpoints import Array, array_of, config_of, decode_nvfp4, read_raw, tree, write_model
+from checkpoints import Array, Raw, Values, array_of, config_of, decode_nvfp4, read_raw, tree, write_model
 from click.testing import CliRunner
 
 import fp4conv
@@ -26,11 +27,16 @@ def apart(reference: Reference, tmp_path: Path) -> Path:
     source = reference("llama-nvfp4-default")
     tensors = {name: array_of(value) for name, value in read_raw(source).items()}
     for module, factor in ((f"{ATTENTION}.k_proj", 0.7), (f"{MLP}.gate_proj", 0.9)):
-        tensors[f"{module}.weight_scale_2"] = (tensors[f"{module}.weight_scale_2"] * np.float32(factor)).astype("f4")
+        tensors[f"{module}.weight_scale_2"] = scaled(tensors[f"{module}.weight_scale_2"], factor)
     return write_model(tmp_path / "apart", tensors, config_of(source))
 
 
-def values(raw: dict[str, tuple[str, tuple[int, ...], bytes]], module: str) -> Array:
+def scaled(scalar: Array, factor: float) -> Values:
+    """An F32 scalar times another."""
+    return np.asarray(scalar.astype(np.float32) * np.float32(factor), np.float32)
+
+
+def values(raw: Raw, module: str) -> npt.NDArray[np.float64]:
     parts = [array_of(raw[f"{module}.{suffix}"]) for suffix in ("weight", "weight_scale", "weight_scale_2")]
     return decode_nvfp4(*parts)
 
@@ -59,6 +65,7 @@ def test_repaired_to_the_largest_scale_of_the_set(apart: Path, tmp_path: Path) -
         exact, now = values(before, module), values(after, module)
         signal, lost = signal + float((exact**2).sum()), lost + float(((exact - now) ** 2).sum())
     assert result.sqnr_db == pytest.approx(10 * np.log10(signal / lost), rel=1e-5)
+    assert result.sqnr_db is not None
     assert result.sqnr_db > 25
     assert any("2 weights of 2 sets" in warning for warning in result.warnings)
     fp4conv.convert(tmp_path / "out", tmp_path / "again", to="nvfp4")  # nothing differs any more
@@ -75,7 +82,7 @@ def test_the_rule_is_that_of_any_encoding(apart: Path, tmp_path: Path, rule: str
     raw, module = read_raw(apart), f"{ATTENTION}.k_proj"
     packed, scales = (array_of(raw[f"{module}.{s}"]).view(np.uint8) for s in ("weight", "weight_scale"))
     exact = np.empty((packed.shape[0], packed.shape[1] * 2), np.float32)
-    own, shared = (float(array_of(raw[f"{ATTENTION}.{m}.weight_scale_2"]).reshape(())) for m in ("k_proj", "q_proj"))  # type: ignore[arg-type]
+    own, shared = (float(array_of(raw[f"{ATTENTION}.{m}.weight_scale_2"]).reshape(())) for m in ("k_proj", "q_proj"))
     assert oracle.decode_nvfp4(packed, scales, False, own, exact) == -1
     codes, block_scales = np.empty_like(packed), np.empty_like(scales)
     sums = np.empty(len(packed)), np.empty(len(packed))
@@ -91,7 +98,7 @@ def test_repaired_in_and_out_of_compressed_tensors(apart: Path, reference: Refer
     fp4conv.convert(healthy, tmp_path / "ct", to="nvfp4", layout="compressed-tensors")
     tensors = {name: array_of(value) for name, value in read_raw(tmp_path / "ct").items()}
     name = f"{ATTENTION}.v_proj.weight_global_scale"
-    tensors[name] = (tensors[name] * np.float32(1.5)).astype("f4")
+    tensors[name] = scaled(tensors[name], 1.5)
     source = write_model(tmp_path / "src", tensors, config_of(tmp_path / "ct"))
     with pytest.raises(PlanError, match="--repair"):
         fp4conv.convert(source, tmp_path / "out", to="nvfp4")
@@ -121,7 +128,7 @@ def test_blocks_of_32(reference: Reference, tmp_path: Path) -> None:
     healthy = reference("llama-nvfp4-weight-only")
     tensors = {name: array_of(value) for name, value in read_raw(healthy).items()}
     module = next(name for name in tensors if name.endswith("gate_proj.weight_scale_2")).removesuffix(".weight_scale_2")
-    tensors[f"{module}.weight_scale_2"] = (tensors[f"{module}.weight_scale_2"] / np.float32(2)).astype("f4")
+    tensors[f"{module}.weight_scale_2"] = scaled(tensors[f"{module}.weight_scale_2"], 0.5)
     source = write_model(tmp_path / "src", tensors, config_of(healthy))
     fp4conv.convert(source, tmp_path / "out", to="nvfp4", repair=True)
     fp4conv.convert(healthy, tmp_path / "healthy", to="nvfp4")

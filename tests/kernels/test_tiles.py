@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4conv.kernels import compiled, reference
 
+Floats: TypeAlias = "npt.NDArray[np.uint16] | npt.NDArray[np.float32]"
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -34,7 +38,8 @@ def test_compiled_tiles_equal_the_oracle(
     dtype: type, seed: int, shape: tuple[int, int], first: int, block: tuple[int, int]
 ) -> None:
     codes, scales = tiles(seed, *shape, first, block)
-    ours, oracle = np.empty(shape, dtype), np.empty(shape, dtype)
+    ours: Floats = np.empty(shape, dtype)
+    oracle: Floats = np.empty(shape, dtype)
     found = [
         compiled.decode_fp8_tiles(codes, scales, first, block, ours),
         reference.decode_fp8_tiles(codes, scales, first, block, oracle),
@@ -44,7 +49,7 @@ def test_compiled_tiles_equal_the_oracle(
     if dtype is np.float32:
         same |= np.isnan(ours) & np.isnan(oracle)
     else:
-        nan = [(bits & 0x7FFF) > 0x7F80 for bits in (ours, oracle)]
+        nan = [(out.view(np.uint16) & 0x7FFF) > 0x7F80 for out in (ours, oracle)]
         same |= nan[0] & nan[1]  # which NaN it is differs from machine to machine
     assert same.all()
 
@@ -66,9 +71,8 @@ def test_every_code_is_that_of_ml_dtypes() -> None:
 def test_division_by_the_reciprocal_equals_the_oracle(dtype: type, turned: bool, seed: int, whole: float) -> None:
     rng = np.random.default_rng(seed)
     packed, scales = rng.integers(0, 256, (3, 16), dtype=np.uint8), rng.integers(0, 127, (3, 2), dtype=np.uint8)
-    ours, oracle = np.empty((3, 32), dtype), np.empty((3, 32), dtype)
-    if turned:
-        ours, oracle = np.empty((32, 3), dtype), np.empty((32, 3), dtype)
+    ours: Floats = np.empty((32, 3) if turned else (3, 32), dtype)
+    oracle: Floats = np.empty_like(ours)
     found = [
         module.decode_nvfp4(packed, scales, False, whole, out, turned, inverse=True)
         for module, out in ((compiled, ours), (reference, oracle))
