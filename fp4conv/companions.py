@@ -46,6 +46,7 @@ def companion_files(source: Source, config: Mapping[str, JSON]) -> tuple[tuple[P
             copied.append(PlannedFile(name, file.nbytes))
         else:
             left.append(name)
+    left += [f"{folder}/" for folder in source.folders]
     warnings = (f"not copied: {', '.join(sorted(left))}",) if left else ()
     return tuple(copied), warnings
 

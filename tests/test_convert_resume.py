@@ -148,7 +148,7 @@ def test_sigkill_at_random_moments_then_the_same_command(
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in checkpoint.iterdir()}
     if overwrite:
         target.mkdir()
-        (target / "old").write_text("old")
+        (target / "old.safetensors").write_text("old")
     options = (*words.split(), *["--overwrite"] * overwrite)
     progressed = 0
     for _ in range(3):
@@ -162,7 +162,7 @@ def test_sigkill_at_random_moments_then_the_same_command(
         if process.returncode == 0 or (target / "config.json").exists():
             break
         progressed = max(progressed, journal_lines(target))
-        kept = [folder / "old" for folder in (target, tmp_path / "dst.replaced")]  # between the two renames
+        kept = [folder / "old.safetensors" for folder in (target, tmp_path / "dst.replaced")]  # between the two renames
         assert any(path.exists() for path in kept) == overwrite
         assert overwrite or not target.exists()
     assert progressed > 2
@@ -255,18 +255,18 @@ def test_destination_is_absent_or_old_until_it_is_whole(reference: Reference, tm
     target = tmp_path / "dst"
     if overwrite:
         target.mkdir()
-        (target / "old").write_text("old")
+        (target / "old.safetensors").write_text("old")
     seen: list[bool] = []
     fp4conv.convert(
         reference("llama-bf16"),
         target,
         to="nvfp4",
         overwrite=overwrite,
-        on_bytes=lambda _: seen.append((target / "old").exists() if overwrite else not target.exists()),
+        on_bytes=lambda _: seen.append((target / "old.safetensors").exists() if overwrite else not target.exists()),
     )
     assert seen
     assert all(seen)
-    assert not (target / "old").exists()
+    assert not (target / "old.safetensors").exists()
     assert (target / "config.json").exists()
     assert not (target / JOURNAL_NAME).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]

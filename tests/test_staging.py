@@ -60,7 +60,7 @@ def leave_half_done(destination: Path, fingerprint: str = "f", *, overwrite: boo
 
 def make_folder(folder: Path, content: str = "old") -> Path:
     folder.mkdir(parents=True)
-    (folder / "precious").write_text(content)
+    (folder / "precious.safetensors").write_text(content)
     return folder
 
 
@@ -287,7 +287,7 @@ def test_destination_that_appears_meanwhile_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="appeared while"), staged(tmp_path / "dst") as out:
         make_folder(tmp_path / "dst")
         out.commit()
-    assert (tmp_path / "dst" / "precious").read_text() == "old"
+    assert (tmp_path / "dst" / "precious.safetensors").read_text() == "old"
     shutil.rmtree(tmp_path / "dst")
     with staged(tmp_path / "dst") as out:
         assert out.complete
@@ -321,12 +321,12 @@ def test_folder_in_the_way_that_is_not_ours_is_never_removed(tmp_path: Path) -> 
     assert "no journal" in error.what
     (tmp_path / "dst.partial" / JOURNAL_NAME).write_text('{"fp4conv": 2}\n')
     assert "no journal" in refused(tmp_path / "dst", overwrite=True).what
-    assert (tmp_path / "dst.partial" / "precious").exists()
+    assert (tmp_path / "dst.partial" / "precious.safetensors").exists()
     make_folder(tmp_path / "x")
     make_folder(tmp_path / "x.replaced")
     error = refused(tmp_path / "x", overwrite=True)
     assert error.where == str(tmp_path / "x.replaced")
-    assert (tmp_path / "x.replaced" / "precious").exists()
+    assert (tmp_path / "x.replaced" / "precious.safetensors").exists()
     assert not (tmp_path / "x.partial").exists()
 
 
@@ -373,7 +373,7 @@ def test_overwrite_keeps_the_old_until_the_new_is_whole(tmp_path: Path) -> None:
     make_folder(tmp_path / "dst")
     with staged(tmp_path / "dst", overwrite=True) as out:
         out.write_file("new", b"new")
-        assert (tmp_path / "dst" / "precious").read_text() == "old"
+        assert (tmp_path / "dst" / "precious.safetensors").read_text() == "old"
         out.commit()
     assert everything(tmp_path) == {"dst": None, "dst/new": b"new"}
 
@@ -382,7 +382,7 @@ def test_failed_overwrite_leaves_the_old(tmp_path: Path) -> None:
     make_folder(tmp_path / "dst")
     with pytest.raises(SourceError), staged(tmp_path / "dst", overwrite=True):
         raise SourceError("bad")
-    assert everything(tmp_path) == {"dst": None, "dst/precious": b"old"}
+    assert everything(tmp_path) == {"dst": None, "dst/precious.safetensors": b"old"}
 
 
 def killed_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,9 +414,9 @@ def test_swap_is_finished_by_the_same_command(tmp_path: Path, monkeypatch: pytes
 def test_swap_is_undone_by_another_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed_between_the_renames(tmp_path, monkeypatch)
     assert isinstance(refused(tmp_path / "dst", fingerprint="other"), ResumeError)
-    assert (tmp_path / "dst" / "precious").read_text() == "old"
+    assert (tmp_path / "dst" / "precious.safetensors").read_text() == "old"
     with staged(tmp_path / "dst", "other", overwrite=True) as out:
-        assert (tmp_path / "dst" / "precious").read_text() == "old"
+        assert (tmp_path / "dst" / "precious.safetensors").read_text() == "old"
         assert not out.complete
         out.commit()
     assert everything(tmp_path) == {"dst": None}
@@ -430,7 +430,7 @@ def test_folder_called_replaced_that_is_not_ours_survives_the_swap(
     make_folder(tmp_path / "dst.replaced", "mine")
     with staged(tmp_path / "dst", overwrite=True) as out:
         out.commit()
-    assert (tmp_path / "dst.replaced" / "precious").read_text() == "mine"
+    assert (tmp_path / "dst.replaced" / "precious.safetensors").read_text() == "mine"
 
 
 # ---- kills
@@ -502,9 +502,9 @@ def scene(number, old):
     folder = root / f"{old}{number}"
     folder.mkdir()
     if old != "nothing":
-        (folder / "dst" / "sub").mkdir(parents=True)
-        (folder / "dst" / "precious").write_bytes(b"old")
-        (folder / "dst" / "sub" / "file").write_bytes(b"old")
+        (folder / "dst" / "1_sub").mkdir(parents=True)
+        (folder / "dst" / "precious.safetensors").write_bytes(b"old")
+        (folder / "dst" / "1_sub" / "file").write_bytes(b"old")
     if old == "foreign":  # dies when every step is done
         assert child(1, folder / "dst", "another", True, events={"os.rename"}) == 9
         assert (folder / "dst.partial" / "shard").exists() and (folder / "dst").exists()
@@ -523,7 +523,7 @@ for old in ("nothing", "folder", "foreign", "swapping"):
         assert status in (0, 9), (old, number, status)
         names = sorted(path.name for path in folder.iterdir())
         whole = {k: v for k, v in everything(folder).items() if k.startswith("dst/") and ".fp4conv" not in k}
-        was = {"dst/precious": b"old", "dst/sub/file": b"old"} if overwrite else {}
+        was = {"dst/precious.safetensors": b"old", "dst/1_sub/file": b"old"} if overwrite else {}
         assert whole in (expected, was) or (overwrite and not whole and "dst.replaced" in names), (old, number, whole)
         last = status
         if status and number % 3 == 0:
@@ -590,7 +590,70 @@ def test_sigkill_at_random_moments_is_resumed_to_the_same_bytes(tmp_path: Path, 
         if everything(tmp_path) == done:  # also when the kill came a moment after the end
             break
         assert status == -signal.SIGKILL
-        old_or_new = (target / "precious", target / "shard", tmp_path / "dst.replaced" / "precious")
+        old_or_new = (
+            target / "precious.safetensors",
+            target / "shard",
+            tmp_path / "dst.replaced" / "precious.safetensors",
+        )
         assert old == "nothing" or any(path.exists() for path in old_or_new)
     else:
         pytest.fail("never finished")
+
+
+# ---- what an overwrite may remove
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["notes.txt", "docs/thesis.txt"], "neither config.json nor safetensors"),
+        (["config.json", "docs/thesis.txt"], "docs"),
+        (["model.safetensors", ".git/HEAD"], ".git"),
+        (["thesis.txt"], "neither config.json nor safetensors"),
+    ],
+)
+def test_overwrite_removes_nothing_that_is_no_checkpoint(tmp_path: Path, files: list[str], says: str) -> None:
+    for name in files:
+        (tmp_path / "dst" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dst" / name).write_text("mine")
+    before = everything(tmp_path)
+    error = refused(tmp_path / "dst", overwrite=True)
+    assert error.where == str(tmp_path / "dst")
+    assert says in error.what
+    assert everything(tmp_path) == before
+
+
+def test_overwrite_takes_the_folders_of_a_checkpoint_and_empty_ones(tmp_path: Path) -> None:
+    for name in ("config.json", "1_Pooling/config.json", "fp4conv/facts.json", "additional_chat_templates/a.jinja"):
+        (tmp_path / "dst" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dst" / name).write_text("{}")
+    (tmp_path / "empty").mkdir()
+    for name in ("dst", "empty"):
+        with staged(tmp_path / name, overwrite=True) as out:
+            out.commit()
+    assert everything(tmp_path) == {"dst": None, "empty": None}
+
+
+def test_what_takes_the_destinations_place_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="would remove it"), staged(tmp_path / "dst", overwrite=True) as out:
+        (tmp_path / "dst").mkdir()
+        (tmp_path / "dst" / "thesis.txt").write_text("mine")
+        out.commit()
+    assert (tmp_path / "dst" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["d" * 247, "d" * 300, "d/" * 2_500 + "d", "half\ud800", "d" * 300 + "/d"])
+def test_names_that_no_file_system_takes(tmp_path: Path, name: str) -> None:
+    assert "cannot be made" in refused(tmp_path / name).what
+    assert everything(tmp_path) == {}
+
+
+def test_a_loop_of_links_above_the_destination(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "cannot be made" in refused(tmp_path / "loop" / "dst").what
+
+
+def test_the_longest_name_that_fits(tmp_path: Path) -> None:
+    with staged(tmp_path / ("d" * 246)) as out:
+        out.commit()
+    assert everything(tmp_path) == {"d" * 246: None}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NoReturn
@@ -132,6 +132,8 @@ def parse_header(raw: bytes, file_bytes: int, file: str) -> Header:
     """
     entries = _parse_json(raw, file)
     metadata = _parse_metadata(entries.pop(_METADATA, {}), file)
+    if b"\\u" in raw:  # only an escape can spell one
+        _refuse_half_characters((*entries, *metadata, *metadata.values()), file)
     start = PREFIX_BYTES + len(raw)
     specs: dict[tuple[object, ...], tuple[TensorSpec, int]] = {}
     spans: list[tuple[int, int, str, TensorSpec]] = []
@@ -166,6 +168,22 @@ def _parse_json(raw: bytes, file: str) -> dict[str, object]:
     if not isinstance(header, dict) or not raw.startswith(b"{"):
         raise SourceError("the header is not a JSON object", where=file, hint=DOWNLOAD_AGAIN)
     return header
+
+
+def is_text(name: str) -> bool:
+    """Whether `name` can be written as UTF-8: a JSON escape can spell half of a surrogate pair, which cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_half_characters(names: Iterable[str], file: str) -> None:
+    for name in names:
+        if not is_text(name):
+            found = f"the name {ascii(name)[:80]} has half of a surrogate pair, which is no character"
+            raise SourceError(found, where=file, hint=DOWNLOAD_AGAIN)
 
 
 def _parse_metadata(found: object, file: str) -> Mapping[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp4conv.errors import SourceError
+from fp4conv.families import module_of
 from fp4conv.model import JSON
 from fp4conv.safetensors_io import Header, Reader, TensorRef, read_header
 from fp4conv.sources.listing import FileEntry, list_files, parse_object
@@ -21,14 +22,16 @@ class LocalSource:
     """A folder with safetensors files and configs. Headers are read once, here; tensors by `reader()`.
 
     `name` is for printing. `tensors` maps every tensor's name to its place, in natural order of the files and
-    then by offset. `warnings` are things that a careful user wants to know and that stop nothing.
+    then by offset. `folders` are those that nothing is read from. `warnings` are things that a careful user wants
+    to know and that stop nothing.
     """
 
     def __init__(self, root: Path, weight_files: Sequence[str] | None = None, *, name: str | None = None) -> None:
         """`weight_files`: read just these; None leaves the choice to the index or the names."""
         self.root = root
         self.name = str(root) if name is None else name
-        listed, notes = list_files(root)
+        listing = list_files(root)
+        listed = listing.files
         top = [entry for entry in listed if "/" not in entry.name]
         chosen = choose_weights(root, top) if weight_files is None else WeightFiles(tuple(weight_files))
         self.files = tuple(
@@ -38,7 +41,8 @@ class LocalSource:
             self._entry(file)
         self._headers = {file: read_header(root / file, file) for file in chosen.files}
         self.tensors: Mapping[str, TensorRef] = _collect(self._headers)
-        self.warnings = (*notes, *chosen.warnings, *compare_index(chosen, self.tensors))
+        self.folders = listing.folders
+        self.warnings = (*listing.warnings, *chosen.warnings, *compare_index(chosen, self.tensors))
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -107,9 +111,14 @@ def _existing_folder(text: str | Path) -> Path:
     where = str(text)
     if "\0" in where:
         raise SourceError("a path cannot have a NUL character", where=repr(where))
-    if root.is_dir():
+    try:
+        found, there = root.is_dir(), root.exists()
+    except (OSError, ValueError) as error:  # a name too long, or one with half a character
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SourceError(f"cannot be opened: {reason}", where=ascii(where)[:300]) from error
+    if found:
         return root.resolve()
-    if root.exists():
+    if there:
         raise SourceError("is a file, expected a folder", where=where, hint=f"Give the folder: {root.parent}")
     hint = "Give the folder that has config.json and the safetensors files."
     if isinstance(text, str) and _HUB_ID.fullmatch(text):
@@ -124,6 +133,12 @@ def _collect(headers: Mapping[str, Header]) -> dict[str, TensorRef]:
     tensors: dict[str, TensorRef] = {}
     for header in headers.values():
         for ref in header.tensors:
+            if not module_of(ref.name):
+                raise SourceError(
+                    f"a tensor is called {ref.name!r}, which names no module",
+                    where=ref.file,
+                    hint="The tool that wrote this file damaged it: write it again.",
+                )
             if ref.name in tensors:
                 raise SourceError(
                     f"tensor {ref.name!r} is also in {tensors[ref.name].file}",

@@ -10,6 +10,7 @@ from fp4conv.staging.output import Staging, discard
 from fp4conv.staging.places import (
     Places,
     check_apart,
+    check_replaceable,
     check_room,
     is_inode,
     make_parents,
@@ -115,6 +116,7 @@ def _check_target(places: Places, overwrite: bool) -> None:
     if not overwrite:
         hint = "Give another destination, or add --overwrite: the old one stays until the new one is whole."
         raise OutputError("exists already", where=str(places.target), hint=hint)
+    check_replaceable(places.target)
     if places.replaced.exists() or places.replaced.is_symlink():
         found = f"is in the way: {places.target.name} is moved there while it is overwritten"
         raise OutputError(found, where=str(places.replaced), hint="Move it away.")

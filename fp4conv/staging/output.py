@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from fp4conv.errors import OutputError
 from fp4conv.model import JSON
 from fp4conv.staging.journal import JOURNAL_NAME, Journal
-from fp4conv.staging.places import Places, is_inode, remove_contents, sync_folder, sync_tree
+from fp4conv.staging.places import Places, check_replaceable, is_inode, remove_contents, sync_folder, sync_tree
 
 
 class Staging:
@@ -137,6 +137,7 @@ class Staging:
                     where=str(target),
                     hint="Move it away and run the same command again, or add --overwrite.",
                 )
+            check_replaceable(target)
             self._journal.append_replaces(target.lstat().st_ino)
             target.rename(replaced)
         partial.rename(target)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4conv.errors import OutputError
+from fp4conv.sources.listing import is_read
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,42 @@ class Places:
         if name in ("", "..") or "\0" in str(destination):
             hint = "Give the name of a folder to make."
             raise OutputError("is not a name for a new folder", where=repr(str(destination)), hint=hint)
-        parent = destination.parent.resolve()
-        return cls(parent / name, parent / f"{name}.partial", parent / f"{name}.replaced")
+        try:
+            parent = destination.parent.resolve()
+            places = cls(parent / name, parent / f"{name}.partial", parent / f"{name}.replaced")
+            for path in (places.target, places.partial, places.replaced):
+                _look_at(path)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: no encoding
+            found = error.strerror if isinstance(error, OSError) else str(error)
+            hint = "Give a shorter name, in a folder that you may write to: .partial and .replaced are added to it."
+            raise OutputError(f"cannot be made: {found}", where=ascii(str(destination))[:300], hint=hint) from error
+        return places
+
+
+def _look_at(path: Path) -> None:
+    """OSError where no folder could have this name: too long, or not to be reached."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def check_replaceable(target: Path) -> None:
+    """OutputError when the folder to be overwritten does not look like what fp4conv writes: it would be lost."""
+    paths = list(target.iterdir())
+    if not paths:
+        return
+    strange = sorted(path.name for path in paths if path.is_symlink() or (path.is_dir() and not is_read(path.name)))
+    weights = any(path.name == "config.json" or path.name.endswith(".safetensors") for path in paths)
+    if weights and not strange:
+        return
+    found = "has neither config.json nor safetensors files" if not weights else f"has {', '.join(strange[:5])} in it"
+    raise OutputError(
+        f"--overwrite would remove it with all that is in it, and it {found}: it is not a checkpoint as fp4conv "
+        "writes them",
+        where=str(target),
+        hint="Give another destination; or look what is in that folder, and remove it yourself.",
+    )
 
 
 def check_apart(places: Places, source_root: Path) -> None:
