@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fp4conv"
 FLOORS = {
     "errors": 0,
     "formats": 0,
+    "patterns": 0,
     "sizes": 0,
     "version": 0,
     "kernels": 1,

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 
 from fp4conv.errors import PlanError, SourceError
 from fp4conv.model import JSON, Source
+from fp4conv.patterns import LONGEST_NAME, compile_bounded, matches
 
 CONFIG = "adapter_config.json"
+_LARGEST_RANK = 2**31 - 1
+_LARGEST_NUMBER = 3.4e38  # scalings are F32 in the merge
 
 # Fields that, when set, make the forward pass something else than W + scaling x B A.
 _UNSUPPORTED: Mapping[str, str] = {
@@ -61,7 +64,9 @@ class AdapterConfig:
 
 
 def _first_match(patterns: tuple[tuple[re.Pattern[str], float], ...], key: str, default: float) -> float:
-    return next((value for pattern, value in patterns if pattern.match(key)), default)
+    if patterns and len(key) > LONGEST_NAME:
+        raise SourceError(f"a name of {len(key):,} characters is not matched with patterns", where=key[:80])
+    return next((value for pattern, value in patterns if matches(pattern, key)), default)
 
 
 def read_config(adapter: Source) -> AdapterConfig:
@@ -119,22 +124,27 @@ def _patterns(found: Mapping[str, JSON], key: str, where: str) -> tuple[tuple[re
     for pattern, value in table.items():
         number = _positive_int(value, key, where) if key == "rank_pattern" else _number(value, key, where)
         try:
-            made.append((re.compile(rf"(.*\.)?({pattern})$"), float(number)))
-        except re.error as error:
-            raise SourceError(f"{key} has {pattern!r}, which is no regular expression: {error}", where=where) from error
+            made.append((compile_bounded(rf"(.*\.)?({pattern})$"), float(number)))
+        except ValueError as error:
+            raise SourceError(
+                f"{key} has {pattern[:80]!r}: {error}",
+                where=where,
+                hint="Write module names, or patterns with few * and +, in its place.",
+            ) from error
     return tuple(made)
 
 
 def _positive_int(value: JSON, key: str, where: str) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_RANK:
         return value
-    raise SourceError(f"{key} is {value!r}, expected a whole number above zero", where=where)
+    found = repr(value)[:80]
+    raise SourceError(f"{key} is {found}, expected a whole number from 1 to {_LARGEST_RANK:,}", where=where)
 
 
 def _number(value: JSON, key: str, where: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST_NUMBER:
         return float(value)
-    raise SourceError(f"{key} is {value!r}, expected a number", where=where)
+    raise SourceError(f"{key} is {repr(value)[:80]}, expected a number", where=where)
 
 
 def _names(value: JSON, key: str, where: str) -> tuple[str, ...]:
