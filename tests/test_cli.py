@@ -113,6 +113,17 @@ def test_demo(tmp_path: Path) -> None:
     assert str(tmp_path / "demo") in again.stderr
 
 
+def test_demo_writes_into_no_folder_that_has_something(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for folder in ("docs", "file"):
+        shown = run("demo", tmp_path / folder)
+        assert shown.exit_code == 1
+        assert "not an empty folder" in shown.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["docs", "file", "thesis.txt"]
+
+
 # ---- streams and JSON
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fp4conv.commands.convert import convert
 from fp4conv.commands.open import open as open_checkpoint
+from fp4conv.errors import OutputError
 from fp4conv.model import JSON
 from fp4conv.report.converted import ConvertResult
 from fp4conv.synthetic import write_checkpoint
@@ -73,10 +74,23 @@ def demo(
 @contextmanager
 def _place(folder: str | Path | None) -> Iterator[Path]:
     if folder is not None:
-        yield Path(folder)
+        yield _empty(Path(folder))
         return
     with tempfile.TemporaryDirectory(prefix="fp4conv-demo-") as made:
         yield Path(made)
+
+
+def _empty(folder: Path) -> Path:
+    """`folder`, which has nothing in it; OutputError where it has."""
+    try:
+        full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except (OSError, ValueError) as error:
+        found = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"cannot be used: {found}", where=ascii(str(folder))[:300]) from error
+    if full:
+        hint = "Give a folder that does not exist yet, or leave it out: then the demo removes what it made."
+        raise OutputError("is not an empty folder", where=str(folder), hint=hint)
+    return folder
 
 
 def _same_values(left: Path, right: Path) -> bool:
