@@ -204,9 +204,11 @@ def shared_set_of(module: str) -> str | None:
     return None
 
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which layer 2 comes before layer 10."""
-    return tuple((0, int(piece), "") if piece.isdigit() else (1, 0, piece) for piece in _DIGITS.split(name))
+    """Sort key under which layer 2 comes before layer 10, with numbers of any length."""
+    pieces = _DIGITS.split(name)
+    pieces[1::2] = [piece.lstrip("0") for piece in pieces[1::2]]
+    return tuple((0, len(piece), piece) if i % 2 else (1, 0, piece) for i, piece in enumerate(pieces))

@@ -18,15 +18,16 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_MOST = 2**63 - 1  # bytes that a file can have
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str) -> int:
     """Bytes of '5GB' (10^9), '512MiB' (2^20) or a plain number. Raises UsageError."""
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise UsageError(f"{text!r} is not a size", hint="write it like 5GB, 512MiB or a number of bytes")
+    if match is None or unit is None or not 0 < float(match[1]) * unit <= _MOST:
+        raise UsageError(f"{text[:80]!r} is not a size", hint="write it like 5GB, 512MiB or a number of bytes")
     return int(float(match[1]) * unit)
 
 

@@ -235,7 +235,11 @@ def _input_scales(text: str) -> InputScales:
     if text in (InputScaleMode.STORED.value, InputScaleMode.NONE.value, InputScaleMode.CONSTANT.value):
         return InputScales(InputScaleMode(text))
     path = Path(text)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        found = False
+    if not found:
         raise UsageError(
             f"--input-scales {text!r} is neither none, stored, constant nor a file",
             hint="a file holds F32 scalars named <module>.input_amax",

@@ -96,7 +96,7 @@ def _format_name(name: str, block: int) -> str:
     return f"{name} (block {block})" if (name, block) == ("nvfp4", 32) else name
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 def fold(tensors: Sequence[TensorFacts]) -> tuple[TensorFacts, ...]:

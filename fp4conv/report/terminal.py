@@ -191,7 +191,7 @@ def convert_view(result: ConvertResult) -> RenderableType:
     sizes = f"{format_size(result.bytes_read)} read, {format_size(result.bytes_written)} written"
     facts.add_row("size", f"{sizes}, in {result.seconds:.1f} s ({format_size(rate)}/s)")
     facts.add_row("memory", f"{format_size(result.peak_rss_bytes)} at the most")
-    facts.add_row("error", error_words(result))
+    facts.add_row("loss", error_words(result))
     if words := hint_words(result.hints):
         facts.add_row("hints", words)
     return Group(facts, Text(), *merged_view(result), *servers_view(result.servers))
