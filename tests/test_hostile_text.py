@@ -43,6 +43,8 @@ def header_rewritten(file: Path, old: bytes, new: bytes) -> None:
         ('{"rope_scaling": {"factor": 1e999}}', "rope_scaling.factor"),
         ('{"factor": [1, -1e999]}', "factor"),
         ('{"factor": NaN}', "factor"),
+        ('{"num_hidden_layers": 1000000000000}', "num_hidden_layers"),
+        ('{"text_config": {"num_hidden_layers": 1e300}}', "num_hidden_layers"),
         ('{"factor": ' + "1" * 5_000 + "}", "config.json"),
     ],
 )

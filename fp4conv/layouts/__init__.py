@@ -5,7 +5,7 @@ from __future__ import annotations
 from fp4conv.errors import UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
-from fp4conv.layouts.completeness import check_complete
+from fp4conv.layouts.completeness import check_complete, check_size
 from fp4conv.layouts.compressed_tensors import CompressedTensors
 from fp4conv.layouts.fakequant import attach_training
 from fp4conv.layouts.fp8 import Fp8
@@ -20,6 +20,7 @@ LAYOUTS: tuple[Layout, ...] = (OpenAIOriginal(), OpenAI(), CompressedTensors(), 
 
 def parse(source: Source) -> Model:
     """Everything that a source holds, by the first layout that recognises it. Reads headers and configs only."""
+    check_size(source.json("config.json") or {})
     family = family_of(source.tensors)
     layout = next(layout for layout in LAYOUTS if layout.recognises(source))
     parsed = layout.parse(source, family)

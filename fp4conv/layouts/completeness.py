@@ -15,13 +15,26 @@ from fp4conv.errors import SourceError
 from fp4conv.families import Role
 from fp4conv.model import JSON, Weight
 
-_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|layer|blocks))\.(?P<number>\d+)\.(?P<rest>.+)$")
-_EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|h|layer|blocks))\.(?P<number>[0-9]{1,6})\.(?P<rest>.+)$")
+_EXPERT = re.compile(r"^(?P<parent>.*\bexperts)\.(?P<number>[0-9]{1,6})\.(?P<rest>.+)$")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ANY_EXPERT = r"\g<parent>.*.\g<rest>"
 _ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
 _FUSED = ("gate_up_proj", "down_proj")
+_MOST_LAYERS = 100_000
 _HINT = "the checkpoint is incomplete, and nothing is ever filled in: download or save it again"
+
+
+def check_size(config: Mapping[str, JSON]) -> None:
+    """SourceError for a number of layers that no model has: whoever counts to it would not come to an end."""
+    for part in (config, config.get("text_config")):
+        total = part.get("num_hidden_layers") if isinstance(part, Mapping) else None
+        if isinstance(total, (int, float)) and abs(total) > _MOST_LAYERS:
+            raise SourceError(
+                f"num_hidden_layers is {str(total)[:40]}, more than any model has",
+                where="config.json",
+                hint="Mend the file, or download it again.",
+            )
 
 
 def check_complete(weights: Sequence[Weight], config: Mapping[str, JSON]) -> tuple[str, ...]:

@@ -120,6 +120,10 @@ class _Renamed:
         return self.source.files
 
     @property
+    def folders(self) -> tuple[str, ...]:
+        return self.source.folders
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         return self.source.warnings
 

@@ -157,5 +157,5 @@ def _names(value: JSON, key: str, where: str) -> tuple[str, ...]:
 
 def _version(value: JSON) -> tuple[int, ...] | None:
     """The numbers of '0.21.2' or '0.19.0.dev0'; None when there is none (peft before 0.18 wrote none)."""
-    parts = re.match(r"(\d+)\.(\d+)", value) if isinstance(value, str) else None
+    parts = re.match(r"([0-9]{1,9})\.([0-9]{1,9})", value) if isinstance(value, str) else None
     return (int(parts[1]), int(parts[2])) if parts else None
