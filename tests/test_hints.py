@@ -24,6 +24,7 @@ from checkpoints import (
     noise,
     read_raw,
     tree,
+    unpack,
     write_model,
     write_shard,
 )
@@ -221,6 +222,40 @@ def test_any_nvfp4_comes_back(tmp_path: Path, tensors: Mapping[str, Array], via:
     split = raw[f"{modules[0]}.weight_scale_2"] != raw[f"{modules[1]}.weight_scale_2"]
     assert any("differ within the set" in warning for warning in result.warnings) == split
     assert (result.hints.sets_used, result.hints.sets_stale) == (2, 0)
+
+
+@PROPERTY
+@given(nvfp4_linear(), st.sampled_from(["bf16", "f32", "f16"]))
+def test_any_nvfp4_under_reciprocals_comes_back(tmp_path: Path, tensors: Mapping[str, Array], via: str) -> None:
+    """compressed-tensors' global scales, in its own layout."""
+    shutil.rmtree(tmp_path / "src", ignore_errors=True)
+    renamed = {".weight": ".weight_packed", ".weight_scale": ".weight_scale", ".weight_scale_2": ".weight_global_scale"}
+    theirs: dict[str, Array] = {"model.norm.weight": tensors["model.norm.weight"]}
+    for name, value in tensors.items():
+        module, _, part = name.rpartition(".")
+        if module.endswith("_proj"):
+            shaped = value.reshape(1) if part == "weight_scale_2" else value
+            theirs[module + renamed[f".{part}"]] = shaped
+    source = write_model(tmp_path / "src", theirs)
+    raw = read_raw(source)
+    with np.errstate(all="ignore"):
+        values = [divided(raw, f"{LAYER}.self_attn.{name}_proj") for name in "qko"]
+    if any(overflows(value, via) for value in values):
+        with pytest.raises(ValuesError, match="_proj"):
+            round_trip(source, tmp_path / "trip", via, "nvfp4", layout="compressed-tensors")
+        return
+    round_trip(source, tmp_path / "trip", via, "nvfp4", layout="compressed-tensors")
+    ours, before = read_raw(tmp_path / "trip" / "back"), read_raw(source)
+    for name in before:
+        assert ours[name] == before[name] or (via == "f16" and before[name][0] == "BF16"), name
+
+
+def divided(raw: Raw, module: str) -> npt.NDArray[np.float64]:
+    """The largest magnitude of each block under F32(block scale / global scale)."""
+    scale = array_of(raw[f"{module}.weight_scale"]).astype(np.float32) / array_of(raw[f"{module}.weight_global_scale"])
+    codes = unpack(array_of(raw[f"{module}.weight_packed"])).reshape(4, 2, 16)
+    product: npt.NDArray[np.float64] = (np.abs(codes).max(axis=-1) * scale).astype(np.float64)
+    return product
 
 
 def f32_products(raw: Raw, module: str) -> npt.NDArray[np.float64]:
