@@ -303,9 +303,15 @@ def test_half_done_folder_of_another_command(tmp_path: Path) -> None:
     before = everything(tmp_path)
     error = refused(tmp_path / "dst", fingerprint="second")
     assert isinstance(error, ResumeError)
-    assert f"fp4conv convert SRC {tmp_path / 'dst'}" in error.what
+    assert f"another command:\n    fp4conv convert SRC {tmp_path / 'dst'}" in error.what
+    assert "Run that command" in str(error.hint)
     assert f"delete {partial}" in str(error.hint)
     assert "--overwrite" in str(error.hint)
+    with pytest.raises(ResumeError, match="the source or fp4conv has changed") as caught, staged(tmp_path / "dst", "2"):
+        pass
+    assert "Run that command" not in str(caught.value)
+    assert f"delete {partial}" in str(caught.value.hint)
+    assert "--overwrite" in str(caught.value.hint)
     assert everything(tmp_path) == before
     with staged(tmp_path / "dst", "second", overwrite=True) as out:
         assert out.finished == {}

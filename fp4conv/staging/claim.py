@@ -97,17 +97,25 @@ def _resume(places: Places, journal: Journal, *, fingerprint: str, command: str,
     if moved:
         places.replaced.rename(places.target)
     if journal.fingerprint is not None and not same and not overwrite:
-        raise ResumeError(
-            f"is the half-done output of another command or of a source that has changed since:\n    {journal.command}",
-            where=str(places.partial),
-            hint=f"Run that command to go on with it, delete {places.partial}, or add --overwrite.",
-        )
+        raise _refusal(places, journal, command)
     _check_target(places, overwrite)
     if not journal.complete or not same:
         check_room(places, nbytes)
     if not same:
         remove_contents(places.partial, keep=JOURNAL_NAME)
         journal.begin(fingerprint, command)
+
+
+def _refusal(places: Places, journal: Journal, command: str) -> ResumeError:
+    where, over = str(places.partial), f"delete {places.partial}, or add --overwrite"
+    if journal.command == command:
+        found = "is the half-done output of this command, but the source or fp4conv has changed since it began"
+        return ResumeError(found, where=where, hint=f"It cannot go on from there. To start over, {over}.")
+    return ResumeError(
+        f"is the half-done output of another command:\n    {journal.command}",
+        where=where,
+        hint=f"Run that command to go on with it; to start over with this one, {over}.",
+    )
 
 
 def _check_target(places: Places, overwrite: bool) -> None:
