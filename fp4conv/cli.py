@@ -98,9 +98,7 @@ def main() -> None:
 @click.option(
     "--ties",
     type=click.Choice([t.value for t in Ties]),
-    default=Ties.EVEN.value,
-    show_default=True,
-    help="Where a value half way between two codes goes.",
+    help="Where a value half way between two codes goes. Default: even.",
 )
 @click.option(
     "--input-scales",

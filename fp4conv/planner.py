@@ -44,7 +44,7 @@ class Options:
     layout: str | None = None
     selection: Selection = field(default_factory=Selection)
     rule: ScaleRule | None = None
-    ties: Ties = Ties.EVEN
+    ties: Ties | None = None
     input_scales: InputScales = field(default_factory=InputScales)
     max_shard_bytes: int = 5_000_000_000
     server: str | None = None
@@ -101,7 +101,8 @@ def make_plan(model: Model, options: Options) -> Plan:
     companions, left_out = companion_files(model.source, config)
     servers = verdicts(_artifact(goal))
     _check_server(servers, options.server)
-    training = training_notes(model, target, rule, options.ties)
+    ties = options.ties or Ties.EVEN
+    training = training_notes(model, target, rule, ties)
     own = _notes(goal, drafts, None if options.repair else options.rule)
     warnings = (*model.warnings, *training, *hint_notes, *notes, *kv_notes, *own, *left_out)
     files = (*generated, *beside.files, *companions)
@@ -110,7 +111,7 @@ def make_plan(model: Model, options: Options) -> Plan:
         options.to,
         layout.name,
         rule,
-        options.ties,
+        ties,
         beside.steps,
         beside.shards,
         files,
@@ -158,6 +159,8 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
     if target is None:
         if options.rule is not None:
             raise UsageError(f"--scale-rule chooses scales of four-bit formats; --to {options.to} has none")
+        if options.ties is not None:
+            raise UsageError(f"--ties says how codes of four-bit formats are rounded; --to {options.to} has none")
         return None, layout, None
     rule = options.rule or default_rule(model, target)
     if rule not in target.rules:

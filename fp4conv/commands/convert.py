@@ -46,7 +46,7 @@ class _PlanOptions(TypedDict):
     include: Sequence[str]
     exclude: Sequence[str]
     scale_rule: ScaleRule | str | None
-    ties: Ties | str
+    ties: Ties | str | None
     input_scales: str
     max_shard_size: int | str
     for_server: str | None
@@ -66,7 +66,7 @@ def convert(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     scale_rule: ScaleRule | str | None = None,
-    ties: Ties | str = Ties.EVEN,
+    ties: Ties | str | None = None,
     input_scales: str = "stored",
     max_shard_size: int | str = DEFAULT_SHARD,
     max_memory: int | str = DEFAULT_MEMORY,
@@ -142,7 +142,7 @@ def plan_conversion(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     scale_rule: ScaleRule | str | None = None,
-    ties: Ties | str = Ties.EVEN,
+    ties: Ties | str | None = None,
     input_scales: str = "stored",
     max_shard_size: int | str = DEFAULT_SHARD,
     for_server: str | None = None,
@@ -159,7 +159,7 @@ def plan_conversion(
         layout=layout,
         selection=Selection(modules, tuple(include), tuple(exclude)),
         rule=None if scale_rule is None else _choice(ScaleRule, scale_rule, "--scale-rule"),
-        ties=_choice(Ties, ties, "--ties"),
+        ties=None if ties is None else _choice(Ties, ties, "--ties"),
         input_scales=_input_scales(input_scales),
         max_shard_bytes=parse_size(str(max_shard_size)),
         server=for_server,
