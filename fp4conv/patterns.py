@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
+import shlex
 
 LONGEST_PATTERN = 1_000
 LONGEST_NAME = 250  # names that patterns are matched with; those of models have about a hundred characters
@@ -63,6 +64,7 @@ def _ways(pattern: str) -> float:
     return ways[0] * branches[0]
 
 
-def glob_of(name: str) -> str:
-    """The glob that matches `name` and nothing else."""
-    return glob.escape(name)
+def exclude(name: str) -> str:
+    """The words for a shell that exclude the module `name` and no other."""
+    glob_of_it = glob.escape(name)
+    return f"--exclude {shlex.quote(glob_of_it)}" if "'" in name else f"--exclude '{glob_of_it}'"

@@ -375,6 +375,8 @@ def test_usage_errors_exit_2(tmp_path: Path) -> None:
         ("--to", "nvfp4", "--scale-rule", "rceil"),
         ("--to", "mxfp4", "--scale-rule", "amax"),
         ("--to", "bf16", "--scale-rule", "mse"),
+        ("--to", "bf16", "--ties", "down"),
+        ("--to", "f32", "--ties", "even"),
         ("--to", "bf16", "--modules", "all"),
         ("--to", "nvfp4", "--ties", "up"),
         ("--to", "nvfp4", "--input-scales", "guess"),
@@ -588,7 +590,7 @@ def test_the_function_gives_the_command_too(tmp_path: Path) -> None:
 
 
 def test_a_mended_source_does_not_go_on_from_the_broken_one(tmp_path: Path) -> None:
-    """Another source is another command: its leftovers are refused, and --overwrite starts over."""
+    """What another source left is refused, with what helps: --overwrite starts over."""
     broken, good = noise((64, 32), 1).astype(np.float32), noise((64, 32), 1)
     broken[0, 0] = np.nan
     source = write_model(tmp_path / "src", {f"{DOWN}.weight": bf16(broken)})
@@ -598,6 +600,8 @@ def test_a_mended_source_does_not_go_on_from_the_broken_one(tmp_path: Path) -> N
     result = run("convert", source, tmp_path / "dst", "--to", "mxfp4")
     assert result.code == 1
     assert "dst.partial" in result.err
+    assert "the source or fp4conv has changed" in result.err
+    assert "Run that command" not in result.err
     assert run("convert", source, tmp_path / "dst", "--to", "mxfp4", "--overwrite").code == 0
     assert not (tmp_path / "dst.partial").exists()
 
@@ -620,3 +624,13 @@ def test_empty_tensors_and_scalars_come_along(tmp_path: Path, to: str) -> None:
     after = read_raw(tmp_path / "dst")
     for name, value in odd.items():
         assert after[name][1] == value.shape
+
+
+def test_the_hint_to_exclude_a_module_excludes_it(tmp_path: Path) -> None:
+    """Names with the signs of globs are escaped in what the message says to type."""
+    odd = f"{LAYER}.mlp.[ab]*"
+    source = write_model(tmp_path / "src", {**dense(), f"{odd}.weight": noise((8, 40))})
+    message = refused(source, to="mxfp4", says=("--exclude", "block of 32"))
+    option, glob = shlex.split(message[message.index("--exclude") :])[:2]
+    assert run("convert", source, tmp_path / "dst", "--to", "mxfp4", option, glob).code == 0
+    assert f"{odd}.weight" in read_raw(tmp_path / "dst")

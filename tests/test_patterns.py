@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
+from fnmatch import fnmatchcase
 
 import pytest
 
-from fp4conv.patterns import LONGEST_NAME, LONGEST_PATTERN, compile_bounded, matches
+from fp4conv.layouts.quant_config import ignored
+from fp4conv.patterns import LONGEST_NAME, LONGEST_PATTERN, compile_bounded, exclude, matches
 
 
 @pytest.mark.parametrize(
@@ -71,3 +74,22 @@ def test_the_worst_that_is_taken_ends_soon(pattern: str) -> None:
 def test_a_name_longer_than_any_is_not_matched() -> None:
     assert matches(re.compile("a+"), "a" * LONGEST_NAME)
     assert not matches(re.compile("a+"), "a" * (LONGEST_NAME + 1))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.q_proj", "a[0].b", "a*b", "what?", "[!x]", "]a[", "it's [a]"])
+def test_names_as_globs(name: str) -> None:
+    option, glob = shlex.split(exclude(name))
+    assert option == "--exclude"
+    assert fnmatchcase(name, glob)
+    assert not fnmatchcase(name + "x", glob)
+    assert not fnmatchcase(name.replace("*", "xx").replace("?", "x").replace("[0]", "0") + " ", glob)
+
+
+def test_ignore_lists_take_patterns_as_compressed_tensors_does() -> None:
+    """Its `re:` entries are matched with re.match, from the start of the module's name."""
+    modules = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", "model.visual.0.fc1"]
+    assert ignored(modules, ["re:.*mlp.gate$"]) == ["model.layers.0.mlp.gate"]
+    assert ignored(modules, [r"re:.*lm_head", r"re:model\.visual.*"]) == ["lm_head", "model.visual.0.fc1"]
+    assert ignored(modules, ["re:visual"]) == []
+    assert ignored(modules, ["lm_head", "model.visual", "*.gate_proj"]) == [modules[0], *modules[2:]]
+    assert ignored(modules, ["re:(", "re:(a+)+b", "re:(.*)*"]) == []

@@ -14,7 +14,7 @@ from fp4conv.families import Family, module_of, role_of
 from fp4conv.formats import BlockFormat
 from fp4conv.layouts.base import Parsed, Written, layer_count
 from fp4conv.layouts.parts import DENSE_SUFFIX, Part, dense_weight
-from fp4conv.layouts.quant_config import is_ignored, read_quant_config
+from fp4conv.layouts.quant_config import ignored, read_quant_config
 from fp4conv.model import FP8, JSON, BlockScaled, Source, Weight
 from fp4conv.safetensors_io import TensorRef
 
@@ -50,7 +50,7 @@ class Fp8:
         rest = [ref for name, ref in source.tensors.items() if name not in used and name not in inputs]
         _refuse_unscaled(rest)
         warnings = [f"FP8 scales of activations are left out: {len(inputs)} such as {inputs[0]}"] if inputs else []
-        wrong = [module for module in modules if claim and is_ignored(module, claim.ignore)]
+        wrong = ignored(modules, claim.ignore) if claim else []
         if wrong:
             warnings.append(f"the config lists {len(wrong)} modules as unquantised that are FP8 ({min(wrong)}, ...)")
         return Parsed((*weights, *(dense_weight(ref, family, layers) for ref in rest)), {}, tuple(warnings))

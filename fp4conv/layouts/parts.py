@@ -13,6 +13,7 @@ from fp4conv.errors import PlanError, SourceError
 from fp4conv.families import Family, Role, module_of, role_of
 from fp4conv.formats import BlockFormat
 from fp4conv.model import Decoded, Source, Stored, Weight
+from fp4conv.patterns import exclude
 from fp4conv.safetensors_io import TensorRef, TensorSpec
 
 PACKED, BLOCK_SCALE, TENSOR_SCALE, INPUT_SCALE = "packed", "block_scale", "tensor_scale", "input_scale"
@@ -76,7 +77,7 @@ def spell(names: PartNames, weight: Weight, input_scale: bool) -> tuple[Part, ..
         raise PlanError(
             f"K = {weight.k} (of {list(weight.shape)}) is not a multiple of the {names.format.name} block of {block}",
             where=weight.name,
-            hint=f"leave it as it is with: --exclude '{weight.module}'",
+            hint=f"leave it as it is with: {exclude(weight.module)}",
         )
     stem, batch = names.stem(weight), weight.shape[:-2]
 

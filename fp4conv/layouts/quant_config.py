@@ -7,18 +7,20 @@ compared with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from fp4conv.model import JSON, Source
+from fp4conv.patterns import compile_bounded, matches
 
 MODEL_CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """`ignore`: modules said to be unquantised, as exact names, globs, or prefixes of dotted names.
+    """`ignore`: modules said to be unquantised, as exact names, globs, prefixes of dotted names, or 're:PATTERN'.
 
     `inputs_quantized`: some group of config_groups quantises activations. `block_shape`: FP8's weight_block_size.
     """
@@ -103,15 +105,33 @@ def _names(value: JSON) -> tuple[str, ...]:
     return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
 
 
-def is_ignored(module: str, patterns: Sequence[str]) -> bool:
-    """Whether an ignore list names `module`: exactly, by a glob, by a 're:' free prefix of its dotted name."""
-    return any(module == p or module.startswith(p + ".") or fnmatchcase(module, p) for p in patterns)
+def ignored(modules: Iterable[str], entries: Sequence[str]) -> list[str]:
+    """Those of `modules` that an ignore list names: exactly, by a glob, by the start of the dotted name, by a pattern.
+
+    A pattern is written 're:PATTERN' and matched from the name's start, as compressed-tensors does; one that is none,
+    or could take too long to match (fp4conv.patterns), names nothing.
+    """
+    taken = [pattern for entry in entries if entry.startswith("re:") and (pattern := _pattern(entry))]
+    plain = [entry for entry in entries if not entry.startswith("re:")]
+
+    def is_named(module: str) -> bool:
+        by_name = any(module == e or module.startswith(e + ".") or fnmatchcase(module, e) for e in plain)
+        return by_name or any(matches(pattern, module) for pattern in taken)
+
+    return [module for module in modules if is_named(module)]
+
+
+def _pattern(entry: str) -> re.Pattern[str] | None:
+    try:
+        return compile_bounded(entry.removeprefix("re:"))
+    except ValueError:
+        return None
 
 
 def contradictions(claim: QuantConfig, quantized: Mapping[str, int]) -> list[str]:
     """Sentences on where the claim and the tensors differ. `quantized`: module -> block length as the shapes say."""
     found = []
-    wrong = [module for module in quantized if is_ignored(module, claim.ignore)]
+    wrong = ignored(quantized, claim.ignore)
     if wrong:
         found.append(
             f"the quantisation config lists {len(wrong)} modules as unquantised that have codes and scales "

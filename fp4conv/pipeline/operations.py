@@ -19,6 +19,7 @@ from fp4conv.hints.runs import Run
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import FLOAT_DTYPES, BlockScaled, Decoded, LoraMerged, Stored, Weight
+from fp4conv.patterns import exclude
 from fp4conv.pipeline import hints, merging
 from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.hint_log import HintLog
@@ -485,7 +486,7 @@ def refuse_nonfinite(weight: Weight, where: list[int]) -> None:
     raise ValuesError(
         f"the value at {where} is NaN or Inf and cannot be quantised",
         where=weight.name,
-        hint=f"mend the source, or leave this module as it is with: --exclude '{weight.module}'",
+        hint=f"mend the source, or leave this module as it is with: {exclude(weight.module)}",
     )
 
 
