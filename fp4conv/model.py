@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -259,7 +260,7 @@ class Model:
         quantized = {weight.format_name for weight in self.weights if not isinstance(weight.base, Stored)}
         return "+".join(sorted(quantized)) if quantized else self.main_dtype.lower()
 
-    @property
+    @cached_property
     def main_dtype(self) -> str:
         """The floating dtype that most dense bytes have; BF16 when there are none."""
         sizes = dict.fromkeys(FLOAT_DTYPES, 0)

@@ -53,7 +53,8 @@ class CompressedTensors:
         layers = layer_count(source)
         found = collect(source, family, _TABLES.values(), layers)
         kv = [name for name in source.tensors if name.endswith(_KV_SCALES)]
-        rest = [ref for name, ref in source.tensors.items() if name not in found.used and name not in kv]
+        used = found.used.union(kv)
+        rest = [ref for name, ref in source.tensors.items() if name not in used]
         quantized = {w.module: w.value for w in found.weights if isinstance(w.value, Decoded)}
         _refuse_strangers(rest, quantized)
         warnings = contradictions(claim, {m: value.block for m, value in quantized.items()}) if claim else []

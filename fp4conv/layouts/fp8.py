@@ -47,7 +47,8 @@ class Fp8:
         inputs = [
             name for name in source.tensors if name.endswith(_INPUT_SCALES) and name.rpartition(".")[0] in modules
         ]
-        rest = [ref for name, ref in source.tensors.items() if name not in used and name not in inputs]
+        used.update(inputs)
+        rest = [ref for name, ref in source.tensors.items() if name not in used]
         _refuse_unscaled(rest)
         warnings = [f"FP8 scales of activations are left out: {len(inputs)} such as {inputs[0]}"] if inputs else []
         wrong = ignored(modules, claim.ignore) if claim else []
