@@ -74,7 +74,7 @@ class Checkpoint:
     def _decode(self, weight: Weight, value: Decoded, rows: slice | range | None) -> npt.NDArray[np.float32]:
         from fp4conv.codecs import codec_named
         from fp4conv.codecs.base import Codes, Rows
-        from fp4conv.pipeline.operations import stored_tensor_scale
+        from fp4conv.pipeline.reading import stored_tensor_scale
 
         shape, start = _first_axis(weight.shape, rows)
         linear = len(weight.shape) == 2

@@ -19,10 +19,11 @@ from fp4conv.hints.runs import runs_from
 from fp4conv.hints.values import LOG
 from fp4conv.layouts.parts import TENSOR_SCALE
 from fp4conv.model import JSON
+from fp4conv.pipeline.bench import Bench, Counts, Progress, TensorScale
 from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.hint_log import HintLog
 from fp4conv.pipeline.matrices import Scratch
-from fp4conv.pipeline.operations import Bench, Counts, Progress, TensorScale, work
+from fp4conv.pipeline.operations import work
 from fp4conv.pipeline.results import Outcome, StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan

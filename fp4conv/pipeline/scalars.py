@@ -7,7 +7,7 @@ import numpy as np
 from fp4conv.codecs.dense import widen
 from fp4conv.errors import SourceError, ValuesError
 from fp4conv.model import FLOAT_DTYPES
-from fp4conv.pipeline.operations import Bench
+from fp4conv.pipeline.bench import Bench
 from fp4conv.plan import ScaleOf
 from fp4conv.safetensors_io import Reader, TensorRef, numpy_dtype
 

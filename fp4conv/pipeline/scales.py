@@ -20,9 +20,12 @@ from fp4conv.kernels import compiled
 from fp4conv.kernels.window import choose_window, new_window_counts
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import Decoded, Stored, Weight
+from fp4conv.pipeline.bench import Bench, TensorScale
 from fp4conv.pipeline.hints import Encoding, hinted_tensor_scale, restore_nvfp4
 from fp4conv.pipeline.matrices import Scratch, at, position, read_rows
-from fp4conv.pipeline.operations import Bench, TensorScale, codes_out, read_values, refuse_nonfinite
+from fp4conv.pipeline.operations import codes_out
+from fp4conv.pipeline.reading import read_values
+from fp4conv.pipeline.refusals import refuse_nonfinite
 from fp4conv.pipeline.scalars import frozen_amax
 from fp4conv.plan import UNIT_BYTES, Span, Step, Unit, matrix_units
 from fp4conv.safetensors_io import DTYPE_BYTES
