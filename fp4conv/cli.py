@@ -120,7 +120,11 @@ def main() -> None:
 @click.option(
     "--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result."
 )
-@click.option("--repair", is_flag=True, help="Requantise sets that servers fuse and whose stored tensor scales differ.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Requantise sets that servers fuse and whose stored tensor scales differ, or that --lora touches in part.",
+)
 @click.option(
     "--no-hints",
     "hints",

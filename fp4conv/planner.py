@@ -84,7 +84,18 @@ def make_plan(model: Model, options: Options) -> Plan:
     kv_scales, kv_notes = kv_scale_parts(model, options.input_scales, layout, fate)
     exact = read_exact_scales(model.source) if target is NVFP4 and options.hints else {}
     goal = _Goal(
-        model, options.to, target, layout, rule, chosen, scales, bool(kv_scales), _kept_sets(model), hints, exact
+        model,
+        options.to,
+        target,
+        layout,
+        rule,
+        chosen,
+        scales,
+        bool(kv_scales),
+        _partly_merged(model),
+        options.repair,
+        hints,
+        exact,
     )
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
@@ -127,7 +138,8 @@ def make_plan(model: Model, options: Options) -> Plan:
 class _Goal:
     """The options resolved against a model. `chosen`: names of weights; `scales`: module -> input scale.
 
-    `kept_sets`: sets of which adapters leave a member alone, so that a stored tensor scale has to stay. `exact`:
+    `partly_merged`: sets with members that adapters change and others that they leave alone; their stored tensor scales
+    stay, unless `repair` gives the whole set a new one. `exact`:
     scales as they were before they were turned into reciprocals.
     """
 
@@ -139,7 +151,8 @@ class _Goal:
     chosen: frozenset[str]
     scales: Mapping[str, Origin]
     kv_scales: bool
-    kept_sets: frozenset[str]
+    partly_merged: frozenset[str]
+    repair: bool
     hints: Hints
     exact: Mapping[str, float]
 
@@ -206,9 +219,13 @@ def _draft_merged(goal: _Goal, weight: Weight, value: LoraMerged) -> Draft:
     return Draft(weight.name, Action.MERGE, ((part, None),), dtype.lower(), weight)
 
 
-def _kept_sets(model: Model) -> frozenset[str]:
-    untouched = (weight.module for weight in model.weights if isinstance(weight.value, Decoded))
-    return frozenset(key for module in untouched if (key := shared_set_of(module)))
+def _partly_merged(model: Model) -> frozenset[str]:
+    """Sets of which one member is as it lies on disk, in four bits, and another has an adapter."""
+
+    def sets(kind: type) -> set[str | None]:
+        return {shared_set_of(weight.module) for weight in model.weights if isinstance(weight.value, kind)}
+
+    return frozenset(key for key in sets(Decoded) & sets(LoraMerged) if key)
 
 
 def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
@@ -218,22 +235,25 @@ def _draft_quantized(goal: _Goal, weight: Weight, target: BlockFormat) -> Draft:
     origins: dict[str, Origin] = {INPUT_SCALE: input_scale}
     group: str | None = None
     amax: TensorRef | None = None
+    partly = shared_set_of(weight.module) in goal.partly_merged
     if isinstance(value, LoraMerged):
         action = Action.QUANTIZE
-        if isinstance(value.base, Decoded) and value.base.format_name == target.name:
-            kept = value.base.tensor_scale if shared_set_of(weight.module) in goal.kept_sets else None
-            origins[TENSOR_SCALE] = kept
+        if isinstance(value.base, Decoded) and value.base.format_name == target.name and partly and not goal.repair:
+            origins[TENSOR_SCALE] = value.base.tensor_scale
     elif isinstance(value, Stored):
         action = Action.QUANTIZE
     elif isinstance(value, BlockScaled) or value.format_name != target.name:
         action = Action.TRANSCODE
+    elif target.tensor_scale and partly and goal.repair:
+        action = Action.REQUANTIZE
     else:
         assert all(part.kn == value.kn for part in parts if part.kind == PACKED), "a layout that turns codes is new"
         origins |= {PACKED: value.packed, TENSOR_SCALE: value.tensor_scale}
         action = Action.COPY if value.block == target.block else Action.REBLOCK
         if action is Action.COPY:
             origins[BLOCK_SCALE] = value.block_scale
-    if target.tensor_scale and action in (Action.QUANTIZE, Action.TRANSCODE) and not origins.get(TENSOR_SCALE):
+    anew = action in (Action.QUANTIZE, Action.TRANSCODE, Action.REQUANTIZE)
+    if target.tensor_scale and anew and not origins.get(TENSOR_SCALE):
         assert goal.rule is not None
         group = shared_set_of(weight.module) or weight.module
         if not isinstance(value, LoraMerged):  # calibration saw the values without the adapter
@@ -431,6 +451,12 @@ def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -
         notes.append(
             f"{len(cast_back)} dense tensors go back to the type that round-trip hints say they had "
             f"({cast_back[0].key}: {cast_back[0].target}); --no-hints keeps the one that they have"
+        )
+    again = [draft.key for draft in drafts if draft.action is Action.REQUANTIZE]
+    if again:
+        notes.append(
+            f"{len(again)} weights that no adapter touches were requantised, since adapters change others of their "
+            f"sets ({again[0]})"
         )
     if goal.target is not None and (opaque := _opaque(goal.model)):
         shown = f"{opaque[0].name}: {opaque[0].format_name} {list(opaque[0].shape)}"

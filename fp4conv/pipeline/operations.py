@@ -11,7 +11,7 @@ from fp4conv.codecs import codec_named
 from fp4conv.codecs.base import Codes, Coding, Rows, Tally
 from fp4conv.codecs.dense import count_nonfinite, narrow, widen
 from fp4conv.errors import ValuesError
-from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4_AMAX_DIVISOR
+from fp4conv.formats import BLOCK_FORMATS, E2M1, E4M3, MXFP4
 from fp4conv.kernels import compiled
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import FLOAT_DTYPES, Decoded, LoraMerged, Stored, Weight
@@ -131,12 +131,14 @@ def _kept_scale(bench: Bench, step: Step, rows: Rows) -> float:
     if weight.base.inverse and step.tensor_scale is None:
         scale = reciprocal(scale, weight.name)
     amax, _ = compiled.amax(rows.array)
-    if amax > NVFP4_AMAX_DIVISOR * scale:
+    # Up to 7 x 448 x scale the largest code, 6, errs by half of the step below it at most, as other codes do.
+    limit = (E2M1.max_value + 1) * E4M3.max_value * scale
+    if amax > limit:
         raise ValuesError(
             f"the adapter makes its largest value {amax:.4g}, and the tensor scale that it shares with weights that "
-            f"the adapter leaves alone holds {NVFP4_AMAX_DIVISOR * scale:.4g} at most",
+            f"the adapter leaves alone holds {limit:.4g} at most",
             where=weight.name,
-            hint="convert the base with --to bf16 first and merge into that: the whole set then gets a new scale",
+            hint="--repair requantises the whole set under a new scale, also what the adapter leaves alone",
         )
     return scale
 
