@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
     from fp4conv.errors import Fp4convError
+    from fp4conv.report.converted import ConvertResult
 
-__all__ = ["Checkpoint", "Fp4convError", "__version__", "convert", "inspect", "merge_lora", "open"]
+__all__ = ["Checkpoint", "ConvertResult", "Fp4convError", "__version__", "convert", "inspect", "merge_lora", "open"]
 
 _HOMES = {
     "convert": "fp4conv.commands.convert",
@@ -26,6 +27,7 @@ _HOMES = {
     "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",
     "Checkpoint": "fp4conv.commands.open",
+    "ConvertResult": "fp4conv.report.converted",
     "Fp4convError": "fp4conv.errors",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -33,14 +34,17 @@ def random_codes(fmt: BlockFormat, n: int, k: int, seed: int) -> tuple[U8, U8]:
     return packed, scales
 
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
 def dense(fmt: BlockFormat, packed: U8, scales: U8, tensor_scale: float, dtype: str) -> npt.NDArray[np.generic]:
     """The decoded values [N, K] in `dtype`, BF16 as uint16 bits, F16 rounded by NumPy."""
     n = packed.shape[0]
     out = np.empty((n, packed.shape[1] * 2), np.uint16 if dtype == "BF16" else np.float32)
     if fmt is MXFP4:
-        compiled.decode_mxfp4(packed, scales, False, out)  # type: ignore[arg-type]
+        compiled.decode_mxfp4(packed, scales, False, out)
     else:
-        compiled.decode_nvfp4(packed, scales, False, tensor_scale, out)  # type: ignore[arg-type]
+        compiled.decode_nvfp4(packed, scales, False, tensor_scale, out)
     if dtype != "F16":
         return out
     with np.errstate(over="ignore"):
@@ -51,7 +55,7 @@ def widened(x: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
-def turned(x: npt.NDArray[np.generic], kn: bool) -> npt.NDArray[np.generic]:
+def turned(x: npt.NDArray[Scalar], kn: bool) -> npt.NDArray[Scalar]:
     return np.ascontiguousarray(x.T) if kn else np.ascontiguousarray(x)
 
 
@@ -146,7 +150,7 @@ def test_measure_is_what_the_encoder_measured() -> None:
     packed, scales = np.empty((33, 48), np.uint8), np.empty((33, 6), np.uint8)
     sums = [np.empty(33) for _ in range(4)]
     scale = float(np.float32(np.abs(x).max() / 2688))
-    compiled.encode_nvfp4(x, False, scale, ScaleRule.MSE, Ties.EVEN, packed, scales, *sums[:2])
+    compiled.encode_nvfp4(x, False, scale, ScaleRule.MSE, Ties.EVEN, packed, scales, sums[0], sums[1])
     hints.measure(x, False, packed, scales, False, hints.factors(NVFP4, scale), *sums[2:])
     assert np.array_equal(sums[0], sums[2])
     assert np.array_equal(sums[1], sums[3])
@@ -157,8 +161,8 @@ def test_measure_is_what_the_encoder_measured() -> None:
 def test_any_codes_and_scales_come_back(data: st.DataObject, fmt: BlockFormat, dtype: str) -> None:
     """From the values, the scales, and the codes of blocks that `restore` alone would get wrong."""
     half, blocks = fmt.block // 2, 4
-    packed = np.frombuffer(data.draw(st.binary(min_size=half * blocks, max_size=half * blocks)), np.uint8)
-    packed = packed.reshape(1, -1) & data.draw(st.sampled_from([0xFF, 0xBB, 0x99, 0x88, 0x00]))
+    drawn = np.frombuffer(data.draw(st.binary(min_size=half * blocks, max_size=half * blocks)), np.uint8)
+    packed = drawn.reshape(1, -1) & np.uint8(data.draw(st.sampled_from([0xFF, 0xBB, 0x99, 0x88, 0x00])))
     top = 254 if fmt is MXFP4 else 126
     scales = np.array([data.draw(st.lists(st.integers(0, top), min_size=blocks, max_size=blocks))], np.uint8)
     tensor_scale = 1.0
