@@ -157,6 +157,7 @@ def _convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, *
             command=shlex.join(["fp4conv", *sys.argv[1:]]),
             on_plan=meter.plan,
             on_bytes=meter.advance,
+            on_resume=meter.resume,
             **options,  # type: ignore[arg-type]
         )
     if as_json:
@@ -299,6 +300,7 @@ class _Meter:
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._advance: Callable[[int], object] = lambda _: None
+        self._start_at: Callable[[int], object] = lambda _: None
         self._close: Callable[[], None] = lambda: None
 
     def plan(self, plan: Plan) -> None:
@@ -312,10 +314,18 @@ class _Meter:
             desc=f"to {plan.target}",
             disable=True if self._quiet else None,
         )
-        self._advance, self._close = bar.update, bar.close
+
+        def start_at(nbytes: int) -> None:
+            bar.initial = bar.n = bar.last_print_n = nbytes  # so that it is no part of the rate
+            bar.refresh()
+
+        self._advance, self._start_at, self._close = bar.update, start_at, bar.close
 
     def advance(self, nbytes: int) -> None:
         self._advance(nbytes)
+
+    def resume(self, nbytes: int) -> None:
+        self._start_at(nbytes)
 
     def __enter__(self) -> _Meter:
         return self

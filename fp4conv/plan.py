@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -196,18 +196,12 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(step.bytes_read for step in self.steps) + self.scan_bytes + self.adapter_bytes
+        return sum(step.bytes_read for step in self.steps) + self.scan_bytes + adapter_bytes(self.steps)
 
     @property
     def scan_bytes(self) -> int:
         """Bytes read beforehand to find tensor scales."""
         return sum(step.scan_bytes for step in self.steps)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes read of adapters, each tensor once."""
-        refs = {(ref.file, ref.name): ref for step in self.steps if step.merged for ref in step.merged.delta_refs}
-        return sum(ref.spec.nbytes for ref in refs.values())
 
     @cached_property
     def factor_bytes(self) -> int:
@@ -240,6 +234,12 @@ class Plan:
         for file in self.files:
             digest.update(file.name.encode() + b"\0" + (file.content or b""))
         return digest.hexdigest()
+
+
+def adapter_bytes(steps: Iterable[Step]) -> int:
+    """Bytes read of adapters, each tensor once."""
+    refs = {(ref.file, ref.name): ref for step in steps if step.merged for ref in step.merged.delta_refs}
+    return sum(ref.spec.nbytes for ref in refs.values())
 
 
 def _factor_bytes(merged: LoraMerged) -> int:

@@ -192,7 +192,8 @@ def test_sqnr_of_a_resumed_run_is_that_of_a_whole_one(checkpoint: Path, tmp_path
     whole = fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
     assert resumed.per_tensor == whole.per_tensor
     assert resumed.sqnr_db == whole.sqnr_db
-    assert (resumed.bytes_read, resumed.bytes_written) == (whole.bytes_read, whole.bytes_written)
+    assert resumed.bytes_written == whole.bytes_written
+    assert 0 < resumed.bytes_read < whole.bytes_read
 
 
 def interrupted(checkpoint: Path, target: Path) -> None:
@@ -216,8 +217,8 @@ def test_ctrl_c_leaves_what_the_same_command_resumes(checkpoint: Path, tmp_path:
     assert kept >= 4
     done: list[int] = []
     result = fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even", on_bytes=done.append)
-    assert sum(done) == result.bytes_read
     assert done[0] > 0, "what was done before counts at once"
+    assert sum(done[1:]) == result.bytes_read, "and is not read again"
     fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
     assert tree(target) == tree(tmp_path / "whole")
 
@@ -245,6 +246,58 @@ def test_shard_that_vanished_from_the_partial_is_written_again(checkpoint: Path,
     fp4conv.convert(checkpoint, target, to="mxfp4", scale_rule="even")
     fp4conv.convert(checkpoint, tmp_path / "whole", to="mxfp4", scale_rule="even")
     assert tree(target) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("case", [("gptoss-mxfp4", "bf16"), ("llama-bf16", "nvfp4"), ("gptoss-mxfp4", "nvfp4")])
+@pytest.mark.parametrize("stopped_at", ["the rename", "the end"])
+def test_a_run_stopped_when_all_was_written_reads_nothing_again(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str, str], stopped_at: str
+) -> None:
+    """Only the last rename is left, or the removal of the journal: not a byte of the files is written again."""
+    name, to = case
+    rename, unlink, target = Path.rename, Path.unlink, tmp_path / "dst"
+
+    def stop_rename(path: Path, other: Path) -> Path:
+        if stopped_at == "the rename" and path.name == "dst.partial":
+            raise KeyboardInterrupt
+        return rename(path, other)
+
+    def stop_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == target / JOURNAL_NAME:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stop_rename)
+        patch.setattr(Path, "unlink", stop_unlink)
+        with pytest.raises(KeyboardInterrupt):
+            fp4conv.convert(reference(name), target, to=to)
+    root = target if stopped_at == "the end" else tmp_path / "dst.partial"
+    times = {path.name: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    told: list[int] = []
+    result = fp4conv.convert(reference(name), target, to=to, on_bytes=told.append)
+    assert (result.bytes_read, told) == (0, [])
+    assert times.items() >= {path.name: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()}.items()
+    whole = fp4conv.convert(reference(name), tmp_path / "whole", to=to)
+    assert tree(target) == tree(tmp_path / "whole")
+    assert result.per_tensor == whole.per_tensor
+    assert result.hints == whole.hints
+    assert (
+        result.bytes_written == whole.bytes_written == sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    )
+
+
+def test_what_an_earlier_run_has_done_is_told_apart(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "dst"
+    interrupted(checkpoint, target)
+    before: list[int] = []
+    done: list[int] = []
+    result = fp4conv.convert(
+        checkpoint, target, to="mxfp4", scale_rule="even", on_bytes=done.append, on_resume=before.append
+    )
+    assert len(before) == 1
+    assert before[0] > 0
+    assert sum(done) == result.bytes_read
 
 
 # ---- atomicity, seen from outside while it runs

@@ -80,12 +80,14 @@ def convert(
     command: str | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    on_resume: Callable[[int], None] | None = None,
 ) -> ConvertResult:
     """Convert the checkpoint in folder `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in `destination`.
 
     The arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
-    `on_bytes` the bytes of the source as they are done. Memory stays within `max_memory`. A run that was stopped
-    goes on when called again with the same arguments. Raises the errors of fp4conv.errors.
+    `on_bytes` the bytes of the source as they are done, `on_resume` (or else `on_bytes`) first those that an earlier
+    run has done. Memory stays within `max_memory`. A run that was stopped goes on when called again with the same
+    arguments. Raises the errors of fp4conv.errors.
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)
@@ -110,8 +112,8 @@ def convert(
     if on_plan:
         on_plan(plan)
     # Compiled kernels: only a run pays for them.
-    from fp4conv.pipeline.hint_files import check_hints, write_hints
-    from fp4conv.pipeline.run import run
+    from fp4conv.pipeline.hint_files import check_hints, hint_bytes, write_hints
+    from fp4conv.pipeline.run import run, whole_already
 
     check_hints(plan)
 
@@ -125,12 +127,15 @@ def convert(
         source_root=plan.model.source.root,
         overwrite=overwrite,
     ) as out:
-        outcome = run(plan, out, max_memory=memory, workers=threads, progress=on_bytes)
-        write_files(plan, out)
-        noted = write_hints(plan, out, outcome.results)
+        outcome = whole_already(plan, out)
+        if outcome is None:
+            outcome = run(plan, out, max_memory=memory, workers=threads, progress=on_bytes, resumed=on_resume)
+            write_files(plan, out)
+            write_hints(plan, out, outcome.results)
+        noted = hint_bytes(plan, out)
         out.commit()
-    hints_found = hints_result(plan, noted, outcome)
-    return _result(plan, str(destination), time.monotonic() - started, outcome.results, hints_found)
+    seconds, hints_found = time.monotonic() - started, hints_result(plan, noted, outcome)
+    return _result(plan, str(destination), seconds, outcome.results, hints_found, bytes_read=outcome.bytes_read)
 
 
 def plan_conversion(
@@ -182,7 +187,8 @@ def _parse(source: str | Path, lora: Sequence[str | Path], merge_rounding: Merge
 
 def dry_run_result(plan: Plan, destination: str | Path, seconds: float = 0.0) -> ConvertResult:
     """What `convert` would report of `plan`, with nothing measured."""
-    return _result(plan, str(destination), seconds, {}, planned_hints(plan), dry_run=True)
+    hints = planned_hints(plan)
+    return _result(plan, str(destination), seconds, {}, hints, bytes_read=plan.bytes_read, dry_run=True)
 
 
 def write_files(plan: Plan, out: Staging) -> None:
@@ -313,6 +319,7 @@ def _result(
     results: Mapping[str, StepResult],
     hints: HintsResult,
     *,
+    bytes_read: int,
     dry_run: bool = False,
 ) -> ConvertResult:
     measured = {step.key: results[step.key] for step in plan.steps if step.key in results}
@@ -327,7 +334,7 @@ def _result(
         converted=len(plan.model_steps) - plan.count(Action.COPY),
         copied=plan.count(Action.COPY),
         merged=_merged(plan, measured),
-        bytes_read=plan.bytes_read,
+        bytes_read=bytes_read,
         bytes_written=plan.total_bytes - part_bytes(plan) + hints.kept_bytes,
         seconds=seconds,
         peak_rss_bytes=peak_rss_bytes(),

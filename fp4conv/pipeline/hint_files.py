@@ -23,13 +23,13 @@ from fp4conv.staging import Staging
 _CHUNK = 1 << 20
 
 
-def write_hints(plan: Plan, out: Staging, results: Mapping[str, StepResult]) -> int:
-    """Write what a dense result keeps beside its weights, after its tensors. Returns the bytes that no shard counts."""
+def write_hints(plan: Plan, out: Staging, results: Mapping[str, StepResult]) -> None:
+    """Write what a dense result keeps beside its weights, after its tensors."""
     if plan.kept is None:
-        return 0
+        return
     log = HintLog(out.path(LOG))
     try:
-        nbytes = _write_records(plan, plan.kept, log, out, results)
+        _write_records(plan, plan.kept, log, out, results)
     finally:
         log.close()
     files: dict[str, JSON] = {}
@@ -41,7 +41,12 @@ def write_hints(plan: Plan, out: Staging, results: Mapping[str, StepResult]) -> 
     content = facts_bytes({**facts, "digest": hashlib.sha256(facts_bytes(facts)).hexdigest()})
     out.write_file(FACTS, content)
     HintLog(out.path(LOG)).remove()
-    return nbytes + len(content)
+
+
+def hint_bytes(plan: Plan, out: Staging) -> int:
+    """Bytes of the files of a dense result's hints that no shard of the plan counts; 0 where none are kept."""
+    paths = [out.path(name) for name in (RECORDS, FACTS)] if plan.kept is not None else []
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def check_hints(plan: Plan) -> None:
@@ -77,13 +82,13 @@ def _sha256(path: Path) -> str:
 # ---- records
 
 
-def _write_records(plan: Plan, kept: Kept, log: HintLog, out: Staging, results: Mapping[str, StepResult]) -> int:
-    """Sort the runs of every weight into RECORDS. Returns its size, 0 where nothing was noted."""
+def _write_records(plan: Plan, kept: Kept, log: HintLog, out: Staging, results: Mapping[str, StepResult]) -> None:
+    """Sort the runs of every weight into RECORDS, which is not made where nothing was noted."""
     runs = {key: sorted(results[key].runs) for key in kept.weights if key in results and results[key].runs}
     path = out.path(RECORDS)
     path.unlink(missing_ok=True)
     if not runs:
-        return 0
+        return
     blocks = {step.key: _blocks(kept, step.key, step.weight.elements) for step in plan.steps if step.weight}
     specs = [(name, spec) for key, found in runs.items() for name, spec in _specs(key, found, blocks[key])]
     layout = lay_out(specs, file=RECORDS)
@@ -92,7 +97,6 @@ def _write_records(plan: Plan, kept: Kept, log: HintLog, out: Staging, results: 
         places = {ref.name: ref.offset for ref in layout.tensors}
         for key, found in runs.items():
             _Sorter(writer, places, key, _dense(found, blocks[key])).write(log, found, blocks[key])
-    return layout.nbytes
 
 
 def _blocks(kept: Kept, key: str, elements: int) -> int:

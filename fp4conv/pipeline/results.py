@@ -46,11 +46,12 @@ class StepResult:
 class Outcome:
     """`hinted_sets`, `stale_sets`: sets that share a tensor scale and took, or did not take, their round-trip hints.
 
-    `split_sets`: those that took theirs and whose tensor scales differ.
+    `split_sets`: those that took theirs and whose tensor scales differ. `bytes_read`: of the source and of adapters,
+    by this run, without what an earlier one had done.
     """
 
     results: Mapping[str, StepResult]
     hinted_sets: int
     stale_sets: int
-    resumed_steps: int
+    bytes_read: int
     split_sets: tuple[str, ...] = ()

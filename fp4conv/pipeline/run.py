@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from fp4conv.hints.runs import runs_from
 from fp4conv.hints.values import LOG
@@ -28,7 +29,19 @@ from fp4conv.pipeline.results import Outcome, StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
 from fp4conv.pipeline.settle import reciprocal, turned_over
-from fp4conv.plan import Output, Plan, Reciprocal, ScaleOf, Span, Step, Unit, block_budget, reserved_bytes, units
+from fp4conv.plan import (
+    Output,
+    Plan,
+    Reciprocal,
+    ScaleOf,
+    Span,
+    Step,
+    Unit,
+    adapter_bytes,
+    block_budget,
+    reserved_bytes,
+    units,
+)
 from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
 from fp4conv.staging import Staging
 
@@ -45,11 +58,21 @@ class _Task:
     scan: Scan | None = None
 
 
+Told: TypeAlias = Callable[[int], None]
+
+
 def run(
-    plan: Plan, out: Staging, *, max_memory: int, workers: int, progress: Callable[[int], None] | None = None
+    plan: Plan,
+    out: Staging,
+    *,
+    max_memory: int,
+    workers: int,
+    progress: Told | None = None,
+    resumed: Told | None = None,
 ) -> Outcome:
     """Write every shard of `plan` into `out`. `progress` is called with bytes of the source as they are done.
 
+    `resumed` is called once with those that an earlier run has done; where it is None, `progress` is.
     On any error, or Ctrl-C, what is done is journalled before the exception goes on.
     """
     budget = block_budget(max_memory, workers, reserved_bytes(plan, workers))
@@ -72,23 +95,52 @@ def run(
             writers[name].write(0, shard.header)
         bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes), {}, log)
         runner = _Runner(bench, out, budget, progress or (lambda _: None))
-        runner.take_over(finished)
+        runner.take_over(finished, resumed)
         runner.run(workers)
-        hinted = {group: scale.hinted for group, scale in runner.scales.items() if scale.hinted is not None}
-        used = sum(map(bool, hinted.values()))
-        split = tuple(sorted(group for group, members in hinted.items() if len(set(members.values())) > 1))
-        resumed = sum(key.startswith(_STEP) for key in finished)
-        return Outcome(runner.results, used, len(hinted) - used, resumed, split)
+        return _outcome(runner.results, runner.scales, runner.bytes_read)
 
 
-def _lost_steps(plan: Plan, out: Staging, log: HintLog | None) -> list[str]:
-    """Steps that the journal calls done, but whose files are gone, or are not as this plan made them."""
+def whole_already(plan: Plan, out: Staging) -> Outcome | None:
+    """What an earlier run measured that wrote every file and was stopped before the last rename; else None."""
+    there = not _missing(plan, out) and all(out.path(file.name).is_file() for file in plan.files)
+    if not out.complete or not there:
+        return None
+    return _outcome(*_from_journal(out.finished), bytes_read=0)
+
+
+def _outcome(results: Mapping[str, StepResult], scales: Mapping[str, TensorScale], bytes_read: int) -> Outcome:
+    hinted = {group: scale.hinted for group, scale in scales.items() if scale.hinted is not None}
+    used = sum(map(bool, hinted.values()))
+    split = tuple(sorted(group for group, members in hinted.items() if len(set(members.values())) > 1))
+    return Outcome(results, used, len(hinted) - used, bytes_read, split)
+
+
+def _from_journal(
+    finished: Mapping[str, Mapping[str, JSON]],
+) -> tuple[dict[str, StepResult], dict[str, TensorScale]]:
+    """What finished steps measured, and the tensor scales that were found."""
+    results, scales = {}, {}
+    for key, payload in finished.items():
+        if key.startswith(_SCALE):
+            scales[key.removeprefix(_SCALE)] = _scale_from(payload)
+        else:
+            results[key.removeprefix(_STEP)] = StepResult.from_payload(payload)
+    return results, scales
+
+
+def _missing(plan: Plan, out: Staging) -> set[str]:
+    """Shards that are gone, or not as this plan made them."""
 
     def is_there(file: str) -> bool:
         path = out.path(file)
         return path.is_file() and path.stat().st_size == plan.shards[file].nbytes
 
-    missing = {file for file in plan.shards if not is_there(file)}
+    return {file for file in plan.shards if not is_there(file)}
+
+
+def _lost_steps(plan: Plan, out: Staging, log: HintLog | None) -> list[str]:
+    """Steps that the journal calls done, but whose files are gone, or are not as this plan made them."""
+    missing = _missing(plan, out)
     lost = {_STEP + step.key for step in plan.steps if any(output.file in missing for output in step.outputs)}
     if log is not None:
         runs = {key: runs_from(payload.get("runs")) for key, payload in out.finished.items()}
@@ -110,22 +162,23 @@ class _Runner:
         self._todo: Sequence[Step] = bench.plan.steps
         self._tasks = self._make_tasks()
         self.results: dict[str, StepResult] = {}
+        self.bytes_read = 0
 
     @property
     def scales(self) -> Mapping[str, TensorScale]:
         return self._bench.scales
 
-    def take_over(self, finished: Mapping[str, Mapping[str, JSON]]) -> None:
+    def take_over(self, finished: Mapping[str, Mapping[str, JSON]], resumed: Told | None) -> None:
         """Leave out what an earlier run has done, and count it as progress."""
-        plan, scales = self._bench.plan, self._bench.scales
+        plan = self._bench.plan
         self._todo = [step for step in plan.steps if _STEP + step.key not in finished]
-        for key, payload in finished.items():
-            if key.startswith(_SCALE):
-                scales[key.removeprefix(_SCALE)] = _scale_from(payload)
-            else:
-                self.results[key.removeprefix(_STEP)] = StepResult.from_payload(payload)
-        to_scan = sum(step.scan_bytes for step in self._todo if step.group not in scales)
-        self._advance(plan.bytes_read - sum(step.bytes_read for step in self._todo) - to_scan)
+        self.results, scales = _from_journal(finished)
+        self._bench.scales.update(scales)
+        left = sum(step.bytes_read for step in self._todo)
+        left += sum(step.scan_bytes for step in self._todo if step.group not in scales)
+        self.bytes_read = left + adapter_bytes(self._todo)
+        tell = resumed if resumed is not None and finished else self._advance
+        tell(plan.bytes_read - left)
 
     # ---- the order of work
 
