@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -154,7 +153,7 @@ def _convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, *
         result = command.convert(
             src,
             dst,
-            command=shlex.join(["fp4conv", *sys.argv[1:]]),
+            command=_words(),
             on_plan=meter.plan,
             on_bytes=meter.advance,
             on_resume=meter.resume,
@@ -169,6 +168,11 @@ def _convert(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, *
     _warn(result.warnings, quiet)
 
 
+def _words(*without: str) -> str:
+    """This command as it was typed."""
+    return shlex.join(["fp4conv", *(word for word in sys.argv[1:] if word not in without)])
+
+
 def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, object]) -> None:
     from fp4conv.commands import convert as command
     from fp4conv.plan import peak_bytes
@@ -176,20 +180,22 @@ def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, 
 
     started = time.monotonic()
     threads, memory = command.resources(options.pop("workers"), options.pop("max_memory"))  # type: ignore[arg-type]
-    options.pop("overwrite")
+    overwrite = bool(options.pop("overwrite"))
     plan = command.plan_conversion(src, **options)  # type: ignore[arg-type]
     bound = peak_bytes(plan, memory, threads)
+    command.check_destination(
+        plan,
+        dst,
+        command=_words("--dry-run"),
+        repair=bool(options["repair"]),
+        hints=bool(options["hints"]),
+        overwrite=overwrite,
+    )
     if as_json:
-        _print_json(command.dry_run_result(plan, dst, time.monotonic() - started).to_json())
+        _print_json(command.dry_run_result(plan, dst, time.monotonic() - started, bound).to_json())
         return
-    _print(plan_view(plan, free_bytes=_free_bytes(Path(dst)), peak_bytes=bound))
+    _print(plan_view(plan, free_bytes=command.free_bytes(dst), peak_bytes=bound))
     _warn(plan.warnings, quiet)
-
-
-def _free_bytes(path: Path) -> int:
-    """Free space where `path` would be made."""
-    path = path.absolute()
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
 @main.command("merge-lora", epilog=_epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"))

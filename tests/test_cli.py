@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -178,7 +179,17 @@ def test_dry_run_writes_nothing_and_foretells_the_sizes(
     done = json_of(*arguments)
     for key in ("bytes_written", "bytes_read", "tensors", "layout", "format", "servers", "warnings"):
         assert planned[key] == done[key], key
-    assert set(planned) == set(done)
+    foretold = ("shards", "disk_needed_bytes", "disk_free_bytes", "memory_bound_bytes")
+    assert set(planned) == {*done, *foretold}
+    shards = {path.name: path.stat().st_size for path in (tmp_path / "dst").glob("*.safetensors")}
+    assert planned["shards"] == [{"file": file, "bytes": nbytes} for file, nbytes in sorted(shards.items())]
+    needed, free, bound = (planned[key] for key in foretold[1:])
+    assert isinstance(needed, int)
+    assert needed >= sum(path.stat().st_size for path in (tmp_path / "dst").rglob("*") if path.is_file())
+    assert isinstance(free, int)
+    assert abs(free - shutil.disk_usage(tmp_path).free) < 10**9
+    assert isinstance(bound, int)
+    assert 10**8 < bound <= 10**9, "--max-memory is 1GB"
     assert planned["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "dst").iterdir())
 
 

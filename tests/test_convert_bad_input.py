@@ -634,3 +634,79 @@ def test_the_hint_to_exclude_a_module_excludes_it(tmp_path: Path) -> None:
     option, glob = shlex.split(message[message.index("--exclude") :])[:2]
     assert run("convert", source, tmp_path / "dst", "--to", "mxfp4", option, glob).code == 0
     assert f"{odd}.weight" in read_raw(tmp_path / "dst")
+
+
+# ---- a dry run says what the run would say of DST
+
+
+def test_a_dry_run_refuses_the_destinations_that_a_run_refuses(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "src", dense())
+    write_model(tmp_path / "old", dense())
+    (tmp_path / "home" / "docs").mkdir(parents=True)
+    (tmp_path / "home" / "docs" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "old")
+    (tmp_path / "taken.partial").mkdir()
+    (tmp_path / "taken.partial" / "mine").touch()
+    write_model(tmp_path / "x", dense())
+    (tmp_path / "x.replaced").mkdir()
+    before = tree(tmp_path)
+    for name, *options in (
+        ["old"],
+        ["home"],
+        ["home", "--overwrite"],
+        ["file", "--overwrite"],
+        ["link", "--overwrite"],
+        ["src", "--overwrite"],
+        ["src/dst"],
+        ["taken", "--overwrite"],
+        ["x", "--overwrite"],
+        ["d" * 250],
+    ):
+        words = ("convert", source, tmp_path / name, "--to", "mxfp4", *options)
+        dry, wet = run(*words, "--dry-run"), run(*words)
+        assert (dry.code, dry.out) == (1, ""), name
+        assert dry.err == wet.err
+        assert run(*words, "--dry-run", "--json").err == wet.err
+        assert tree(tmp_path) == before
+    assert run("convert", source, tmp_path / "old", "--to", "mxfp4", "--overwrite", "--dry-run").code == 0
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_beside_a_half_done_output(tmp_path: Path) -> None:
+    """The same command would go on, another is refused, and so is this one once the source has changed."""
+    values = noise((64, 32), 1).astype(np.float32)
+    values[63, 31] = np.nan
+    source = write_model(tmp_path / "src", {f"{DOWN}.weight": bf16(values)})
+    words = ("convert", source, tmp_path / "dst", "--to", "mxfp4")
+    assert run(*words).code == 1
+    journal = tmp_path / "dst.partial" / JOURNAL_NAME
+    with journal.open("a") as stream:
+        stream.write('{"done": "torn')
+    before = tree(tmp_path)
+    assert run(*words, "--dry-run").code == 0
+    other = run(*words, "--scale-rule", "floor", "--dry-run")
+    assert other.code == 1
+    assert "another command" in other.err
+    assert run(*words, "--scale-rule", "floor", "--overwrite", "--dry-run").code == 0
+    assert tree(tmp_path) == before
+    (source / "config.json").write_text("{}")
+    changed = run(*words, "--dry-run")
+    assert changed.code == 1
+    assert "the source or fp4conv has changed" in changed.err
+
+
+def test_a_dry_run_beside_an_output_that_lacks_its_last_rename(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "src", dense())
+    words = ("convert", source, tmp_path / "dst", "--to", "mxfp4")
+
+    def stop(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with patch.object(Path, "unlink", stop):
+        assert run(*words).code == 130
+    assert (tmp_path / "dst" / JOURNAL_NAME).exists()
+    before = tree(tmp_path)
+    assert run(*words, "--dry-run").code == 0
+    assert "exists already" in run(*words, "--scale-rule", "floor", "--dry-run").err
+    assert tree(tmp_path) == before

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import TypedDict, TypeVar
 
 from fp4conv.errors import UsageError
 from fp4conv.formats import MergeRounding, ScaleRule, Ties
+from fp4conv.hints.values import BESIDE
 from fp4conv.input_scales import InputScaleMode, InputScales
 from fp4conv.layouts import parse
 from fp4conv.lora import merge
@@ -23,14 +25,14 @@ from fp4conv.pipeline.results import StepResult
 from fp4conv.pipeline.settle import settle
 from fp4conv.plan import Action, Plan, peak_bytes
 from fp4conv.planner import Options, make_plan
-from fp4conv.report.converted import ConvertResult, ForwardDifference
+from fp4conv.report.converted import ConvertResult, Forecast, ForwardDifference
 from fp4conv.report.hints import HintsResult, hints_result, part_bytes, planned_hints
 from fp4conv.selection import Selection
 from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
 from fp4conv.sources import open_adapter, open_source
-from fp4conv.staging import Staging, stage
-from fp4conv.staging.places import Places, check_apart
+from fp4conv.staging import Staging, check, stage
+from fp4conv.staging.places import Places, check_apart, nearest_existing
 from fp4conv.training_rules import taken_as
 
 DEFAULT_MEMORY = "1GB"
@@ -185,10 +187,36 @@ def _parse(source: str | Path, lora: Sequence[str | Path], merge_rounding: Merge
     return model
 
 
-def dry_run_result(plan: Plan, destination: str | Path, seconds: float = 0.0) -> ConvertResult:
+def check_destination(
+    plan: Plan, destination: str | Path, *, command: str, repair: bool, hints: bool, overwrite: bool
+) -> None:
+    """Raise what `convert` would of `destination`, but for a disk too small; writes nothing."""
+    for adapter in plan.model.adapters:
+        check_apart(Places.of(Path(destination)), adapter.root)
+    check(
+        Path(destination),
+        fingerprint=lambda: settle(plan, repair=repair, hints=hints).fingerprint,
+        command=command,
+        source_root=plan.model.source.root,
+        overwrite=overwrite,
+    )
+
+
+def dry_run_result(plan: Plan, destination: str | Path, seconds: float, memory_bound_bytes: int) -> ConvertResult:
     """What `convert` would report of `plan`, with nothing measured."""
+    forecast = Forecast(
+        {name: shard.nbytes for name, shard in plan.shards.items() if not name.startswith(BESIDE)},
+        plan.disk_bytes,
+        free_bytes(destination),
+        memory_bound_bytes,
+    )
     hints = planned_hints(plan)
-    return _result(plan, str(destination), seconds, {}, hints, bytes_read=plan.bytes_read, dry_run=True)
+    return _result(plan, str(destination), seconds, {}, hints, bytes_read=plan.bytes_read, forecast=forecast)
+
+
+def free_bytes(destination: str | Path) -> int:
+    """Free space on the disk where `destination` would be made."""
+    return shutil.disk_usage(nearest_existing(Path(destination).absolute())).free
 
 
 def write_files(plan: Plan, out: Staging) -> None:
@@ -320,7 +348,7 @@ def _result(
     hints: HintsResult,
     *,
     bytes_read: int,
-    dry_run: bool = False,
+    forecast: Forecast | None = None,
 ) -> ConvertResult:
     measured = {step.key: results[step.key] for step in plan.steps if step.key in results}
     coded = {key: result.sums for key, result in measured.items() if "signal" in result.sums}
@@ -346,7 +374,7 @@ def _result(
         hints=hints,
         servers=plan.servers,
         warnings=(*plan.warnings, *_measured_warnings(measured, forward), *hints.warnings),
-        dry_run=dry_run,
+        forecast=forecast,
     )
 
 

@@ -21,11 +21,29 @@ class ForwardDifference:
 
 
 @dataclass(frozen=True)
-class ConvertResult:
-    """What a conversion did, or (`dry_run`) would do. `sqnr_db` is None where nothing was lost or nothing measured.
+class Forecast:
+    """What a dry run says of the result: bytes of each shard, disk and memory that the run takes at the most."""
 
-    `bytes_read`: what this run read, without what an earlier one had done before it was stopped; `seconds` are this
-    run's too. `per_tensor`: SQNR in dB of every tensor that was quantised. `lossy_blocks`: 16-value blocks of an MXFP4
+    shards: Mapping[str, int]
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    memory_bound_bytes: int
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "shards": [{"file": file, "bytes": nbytes} for file, nbytes in self.shards.items()],
+            "disk_needed_bytes": self.disk_needed_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
+            "memory_bound_bytes": self.memory_bound_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did, or (with a `forecast`: a dry run) would do.
+
+    `sqnr_db` is None where nothing was lost or nothing measured. `bytes_read` and `seconds` are this run's own, without
+    what an earlier one had done before it was stopped. `per_tensor`: SQNR in dB of every tensor that was quantised. `lossy_blocks`: 16-value blocks of an MXFP4
     source that NVFP4 could not hold exactly. `merged`: every tensor that adapters changed, with the norm of the
     change relative to that of the tensor before, None where it was replaced or not measured. `beside_sqnr_db`: of
     quantised linear layers whose adapter was trained beside them (LoRA-QAT), against Q(W) + B A.
@@ -51,7 +69,7 @@ class ConvertResult:
     hints: HintsResult
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
-    dry_run: bool = False
+    forecast: Forecast | None = None
 
     def to_json(self) -> dict[str, JSON]:
         return {
@@ -74,7 +92,8 @@ class ConvertResult:
             "hints": self.hints.to_json(),
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
-            "dry_run": self.dry_run,
+            "dry_run": self.forecast is not None,
+            **(self.forecast.to_json() if self.forecast else {}),
         }
 
 

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fp4conv.errors import Fp4convError
-from fp4conv.staging.claim import claim
+from fp4conv.staging.claim import check, claim
 from fp4conv.staging.journal import JOURNAL_NAME
 from fp4conv.staging.output import Staging
 
-__all__ = ["JOURNAL_NAME", "Staging", "stage"]
+__all__ = ["JOURNAL_NAME", "Staging", "check", "stage"]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fp4conv.errors import OutputError, ResumeError
@@ -43,6 +44,43 @@ def claim(
     return Staging(places, journal, root=places.partial, made=(), overwrite=overwrite)
 
 
+def check(
+    destination: Path,
+    *,
+    fingerprint: Callable[[], str],
+    command: str,
+    source_root: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Raise what `claim` would, but for a disk too small, and write nothing. `fingerprint` is asked if it matters."""
+    places = Places.of(destination)
+    if source_root is not None:
+        check_apart(places, source_root)
+    _check_kind(places)
+    leftover: int | None = None
+    if (places.target / JOURNAL_NAME).is_file():
+        done = _looked_at(places.target / JOURNAL_NAME)
+        if done.complete and done.fingerprint == fingerprint():
+            return
+        leftover = done.replaces if done.complete else None
+    journal = _open_partial(places, look=True)
+    if journal is not None:
+        journal.close()
+        same = journal.fingerprint == fingerprint()
+        moved = not places.target.exists() and is_inode(places.replaced, journal.replaces)
+        if journal.fingerprint is not None and not same and not overwrite:
+            raise _refusal(places, journal, command)
+        if moved:
+            return
+    _check_target(places, overwrite, leftover)
+
+
+def _looked_at(path: Path) -> Journal:
+    journal = Journal(path, look=True)
+    journal.close()
+    return journal
+
+
 def _check_kind(places: Places) -> None:
     for path in (places.target, places.partial):
         if path.is_symlink():
@@ -71,13 +109,13 @@ def _settle_target(places: Places, fingerprint: str) -> Journal | None:
     return None
 
 
-def _open_partial(places: Places) -> Journal | None:
+def _open_partial(places: Places, *, look: bool = False) -> Journal | None:
     """The journal of DST.partial, None when there is no such folder or nothing in it."""
     partial = places.partial
     if not partial.exists() or not any(partial.iterdir()):
         return None
     if (partial / JOURNAL_NAME).is_file():
-        journal = Journal(partial / JOURNAL_NAME)
+        journal = Journal(partial / JOURNAL_NAME, look=look)
         if journal.fingerprint is not None or [path.name for path in partial.iterdir()] == [JOURNAL_NAME]:
             return journal
         journal.close()
@@ -118,14 +156,16 @@ def _refusal(places: Places, journal: Journal, command: str) -> ResumeError:
     )
 
 
-def _check_target(places: Places, overwrite: bool) -> None:
+def _check_target(places: Places, overwrite: bool, leftover: int | None = None) -> None:
+    """`leftover`: inode of a DST.replaced that is about to be removed."""
     if not places.target.exists():
         return
     if not overwrite:
         hint = "Give another destination, or add --overwrite: the old one stays until the new one is whole."
         raise OutputError("exists already", where=str(places.target), hint=hint)
     check_replaceable(places.target)
-    if places.replaced.exists() or places.replaced.is_symlink():
+    in_the_way = places.replaced.exists() or places.replaced.is_symlink()
+    if in_the_way and not is_inode(places.replaced, leftover):
         found = f"is in the way: {places.target.name} is moved there while it is overwritten"
         raise OutputError(found, where=str(places.replaced), hint="Move it away.")
 

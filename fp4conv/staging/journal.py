@@ -30,9 +30,11 @@ class Journal:
     `fingerprint` is None where no whole head was found: a run was killed before it wrote anything.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or make the journal at `path`; ResumeError when a running process holds it."""
-        self._descriptor = _open_locked(path)
+    def __init__(self, path: Path, *, look: bool = False) -> None:
+        """Open or make the journal at `path`, or (`look`) just read it. ResumeError when a running process holds it."""
+        flags = os.O_RDONLY if look else os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._descriptor = _open_locked(path, flags)
+        self._look = look
         self.fingerprint: str | None = None
         self.command = ""
         self.finished: dict[str, dict[str, JSON]] = {}
@@ -91,7 +93,7 @@ class Journal:
             if not raw.endswith(b"\n") or not self._take(raw):
                 break
             whole += len(raw)
-        if whole < len(text):
+        if whole < len(text) and not self._look:
             os.ftruncate(self._descriptor, whole)  # so that the next line starts on a line of its own
         os.lseek(self._descriptor, 0, os.SEEK_END)
 
@@ -115,10 +117,10 @@ class Journal:
         return True
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, flags: int) -> int:
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_APPEND, 0o666)
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise OutputError(f"cannot be opened: {error.strerror}", where=str(path)) from error
         try:
