@@ -42,11 +42,12 @@ class Forecast:
 class ConvertResult:
     """What a conversion did, or (with a `forecast`: a dry run) would do.
 
-    `sqnr_db` is None where nothing was lost or nothing measured. `bytes_read` and `seconds` are this run's own, without
-    what an earlier one had done before it was stopped. `per_tensor`: SQNR in dB of every tensor that was quantised. `lossy_blocks`: 16-value blocks of an MXFP4
-    source that NVFP4 could not hold exactly. `merged`: every tensor that adapters changed, with the norm of the
-    change relative to that of the tensor before, None where it was replaced or not measured. `beside_sqnr_db`: of
-    quantised linear layers whose adapter was trained beside them (LoRA-QAT), against Q(W) + B A.
+    `sqnr_db` is None where nothing was lost or nothing measured. `bytes_read` and `seconds` are this run's own,
+    without what an earlier one had done before it was stopped. `per_tensor`: SQNR in dB of every tensor that was
+    quantised. `lossy_blocks`: 16-value blocks of an MXFP4 source that NVFP4 could not hold exactly. `merged`: every
+    tensor that adapters changed, with the norm of the change relative to that of the tensor before, None where it
+    was replaced or not measured. `beside_sqnr_db`: of quantised linear layers whose adapter was trained beside them
+    (LoRA-QAT), against Q(W) + B A.
     """
 
     source: str
