@@ -663,7 +663,7 @@ def test_a_dry_run_refuses_the_destinations_that_a_run_refuses(tmp_path: Path) -
         ["x", "--overwrite"],
         ["d" * 250],
     ):
-        words = ("convert", source, tmp_path / name, "--to", "mxfp4", *options)
+        words: list[str | Path] = ["convert", source, tmp_path / name, "--to", "mxfp4", *options]
         dry, wet = run(*words, "--dry-run"), run(*words)
         assert (dry.code, dry.out) == (1, ""), name
         assert dry.err == wet.err

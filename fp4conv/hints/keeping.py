@@ -132,7 +132,10 @@ def _kept(model: Model, decoded: Mapping[str, Weight], steps: Sequence[Step], ve
     formats = {key: BLOCK_FORMATS[weight.format_name] for key, weight in decoded.items()}
     # A dense plane or fewer sparse records, once in the log and once in its final place.
     planes = 2 * sum(count for key, count in blocks.items() if formats[key] is MXFP4)
-    codes = sum(count * (formats[key].block // 2 + INDEX_BYTES) for key, count in blocks.items())
+    # BF16 and F32 hold every MXFP4 value apart from every other, so no code needs to be noted there.
+    telling = {step.key for step in steps if step.target in ("bf16", "f32")}
+    unsure = {key: count for key, count in blocks.items() if formats[key] is not MXFP4 or key not in telling}
+    codes = sum(count * (formats[key].block // 2 + INDEX_BYTES) for key, count in unsure.items())
     return Kept(formats, _facts(model, decoded, steps, version), planes, 2 * codes)
 
 

@@ -114,8 +114,8 @@ def _kept_words(plan: Plan) -> str:
     fixed = part_bytes(plan)
     if plan.kept is not None:
         most = format_size(fixed + plan.kept.record_bytes // 2)
-        rare = format_size(plan.kept.code_bytes // 2)
-        return f"in fp4conv/, at most {most} (and {rare} if no value told its code); --no-hints leaves them out"
+        rare = f"; {format_size(plan.kept.code_bytes // 2)} more if {plan.target} can hold no value exactly"
+        return f"in fp4conv/, at most {most}{rare if plan.kept.code_bytes else ''}; --no-hints leaves them out"
     if fixed:
         return f"{format_size(fixed)} in fp4conv/ come along"
     return f"of {len(plan.hints.weights):,} weights, where they still fit" if plan.hints else ""
