@@ -148,6 +148,41 @@ def test_sets_calibrated_apart_are_counted_against_the_forward_pass(reference: R
     assert any("calibrated apart" in warning for warning in result.warnings)
 
 
+def test_weight_only_nvfp4_of_gpt_oss_equals_the_forward_pass(full_reference: Reference, tmp_path: Path) -> None:
+    """Its recipe says blocks of 32, its kernel rounds blocks of 16: what was trained is in blocks of 16."""
+    source = full_reference("gptoss-qat-fakequant-nvfp4-weight-only")
+    result = fp4conv.convert(source, tmp_path / "out", to="nvfp4")
+    ours, masters = read_raw(tmp_path / "out"), read_raw(source)
+    assert not [name for name in ours if name.endswith("input_scale")]
+    assert len(result.per_tensor) == 6
+    for name in result.per_tensor:
+        amax = float(array_of(masters[f"{name}_weight_quantizer._amax"]).astype(np.float32).reshape(()))
+        forward = nvfp4_forward(turned(array_of(masters[name]).astype(np.float64)), amax)
+        parts = (turned(array_of(ours[name])), turned(array_of(ours[f"{name}_weight_scale"])))
+        np.testing.assert_array_equal(nvfp4_values(*parts, array_of(ours[f"{name}_weight_scale_2"])), forward)
+
+
+@pytest.mark.parametrize(
+    "name", ["gptoss-nvfp4-from-qat-weight-only", "gptoss-nvfp4-weight-only", "qwen3moe-nvfp4-weight-only"]
+)
+def test_exports_in_blocks_of_32_are_read_and_written_in_blocks_of_16(
+    full_reference: Reference, tmp_path: Path, name: str
+) -> None:
+    """Twice each block scale, along K; everything else as it is."""
+    source = full_reference(name)
+    fp4conv.convert(source, tmp_path / "out", to="nvfp4")
+    ours, theirs = read_raw(tmp_path / "out"), read_raw(source)
+    assert sorted(ours) == sorted(theirs)
+    scales = [key for key in theirs if key.endswith("weight_scale")]
+    assert scales
+    for key in theirs:
+        if key in scales:
+            doubled = np.repeat(array_of(theirs[key]), 2, axis=1)
+            np.testing.assert_array_equal(array_of(ours[key]).view(np.uint8), doubled.view(np.uint8))
+        else:
+            assert ours[key] == theirs[key], key
+
+
 # ---- departures and claims
 
 
