@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from fp4conv.errors import Fp4convError
-from fp4conv.formats import MergeRounding, ScaleRule, Ties
+from fp4conv.families import SCOPES
+from fp4conv.formats import TARGETS, MergeRounding, ScaleRule, Ties
+from fp4conv.servers import SERVERS
 from fp4conv.version import __version__
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from fp4conv.plan import Plan
 
 _RULES = [rule.value for rule in ScaleRule]
-_TARGETS = ["bf16", "f16", "f32", "mxfp4", "nvfp4"]
-_SERVERS = ["vllm", "sglang", "trtllm", "transformers", "llamacpp"]
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
@@ -74,7 +74,7 @@ def main() -> None:
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(_TARGETS),
+    type=click.Choice(TARGETS),
     help="Number format of the result.",
 )
 @click.option(
@@ -84,7 +84,7 @@ def main() -> None:
 )
 @click.option(
     "--modules",
-    type=click.Choice(["experts", "mlp", "all"]),
+    type=click.Choice(list(SCOPES)),
     help="What is quantised. Default: what SRC has quantised; else experts for gpt-oss, all for others.",
 )
 @click.option("--include", multiple=True, metavar="GLOB", help="Quantise these modules too. Repeatable.")
@@ -117,7 +117,7 @@ def main() -> None:
 @click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
 @click.option(
-    "--for", "for_server", type=click.Choice(_SERVERS), help="Refuse when this server would not load the result."
+    "--for", "for_server", type=click.Choice(SERVERS), help="Refuse when this server would not load the result."
 )
 @click.option(
     "--repair",
@@ -202,7 +202,7 @@ def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, 
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("dst", metavar="DST")
-@click.option("--to", type=click.Choice(_TARGETS), help="Number format of the result. Default: that of BASE.")
+@click.option("--to", type=click.Choice(TARGETS), help="Number format of the result. Default: that of BASE.")
 def merge_lora(base: str, adapter: str, dst: str, *, to: str | None, **options: object) -> None:
     """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
 

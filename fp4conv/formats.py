@@ -80,6 +80,8 @@ class BlockFormat:
 MXFP4 = BlockFormat("mxfp4", E2M1, 32, E8M0, False, (ScaleRule.FLOOR, ScaleRule.RCEIL, ScaleRule.EVEN, ScaleRule.MSE))
 NVFP4 = BlockFormat("nvfp4", E2M1, 16, E4M3, True, (ScaleRule.AMAX, ScaleRule.FOUR_OVER_SIX, ScaleRule.MSE))
 BLOCK_FORMATS = {MXFP4.name: MXFP4, NVFP4.name: NVFP4}
+DENSE_FORMATS = ("bf16", "f16", "f32")
+TARGETS = (*DENSE_FORMATS, *BLOCK_FORMATS)  # what a checkpoint can be converted to
 
 # amax / NVFP4_AMAX_DIVISOR is the tensor scale: the largest code times the largest block scale.
 NVFP4_AMAX_DIVISOR = E2M1.max_value * E4M3.max_value  # 2688

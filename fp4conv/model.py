@@ -15,12 +15,12 @@ from typing import Protocol, TypeAlias
 
 from fp4conv.deltas import Delta, LowRank
 from fp4conv.families import Family, Role
-from fp4conv.formats import BLOCK_FORMATS, BlockFormat, MergeRounding
+from fp4conv.formats import BLOCK_FORMATS, DENSE_FORMATS, BlockFormat, MergeRounding
 from fp4conv.safetensors_io import Reader, TensorRef
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
-FLOAT_DTYPES = ("BF16", "F16", "F32")
+FLOAT_DTYPES = tuple(name.upper() for name in DENSE_FORMATS)
 FP8 = "fp8"  # format_name of a BlockScaled weight
 
 

@@ -14,7 +14,7 @@ from math import gcd
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.families import EXCLUDED, IN_OUT_MODEL_TYPES, Role, natural_key, shared_set_of
-from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat, ScaleRule, Ties
+from fp4conv.formats import BLOCK_FORMATS, DENSE_FORMATS, MXFP4, NVFP4, TARGETS, BlockFormat, ScaleRule, Ties
 from fp4conv.hints.keeping import Beside, with_hints, with_room
 from fp4conv.hints.reading import read_hints
 from fp4conv.hints.reciprocals import read_exact_scales
@@ -31,8 +31,6 @@ from fp4conv.stacking import Stacked, bundled
 from fp4conv.training_rules import default_rule, frozen_amax, training_notes
 from fp4conv.version import __version__
 
-DENSE_TARGETS = tuple(dtype.lower() for dtype in FLOAT_DTYPES)
-TARGETS = (*DENSE_TARGETS, *BLOCK_FORMATS)
 _CONFIG_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
 
@@ -160,7 +158,7 @@ class _Goal:
 def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout, ScaleRule | None]:
     """(block format or None, layout, scale rule or None), each checked against the others."""
     target = BLOCK_FORMATS.get(options.to)
-    if target is None and options.to not in DENSE_TARGETS:
+    if target is None and options.to not in DENSE_FORMATS:
         raise UsageError(f"--to {options.to!r} is none of {', '.join(TARGETS)}")
     layout = layout_named(options.layout) if options.layout else default_layout(options.to, model.family)
     if (target.name if target else None) not in (layout.formats or (None,)):
@@ -435,7 +433,7 @@ def _check_server(servers: Sequence[Verdict], wanted: str | None) -> None:
 
 def _notes(goal: _Goal, drafts: Sequence[Draft], rule_given: ScaleRule | None) -> list[str]:
     notes = []
-    kept = [d for d in drafts if d.weight and d.target in (*DENSE_TARGETS, "f64") and d.target != goal.to]
+    kept = [d for d in drafts if d.weight and d.target in (*DENSE_FORMATS, "f64") and d.target != goal.to]
     if goal.target is None and kept:
         notes.append(
             f"{len(kept)} tensors of another type than most stay as they are ({kept[0].key}: {kept[0].target})"

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from fp4conv.formats import DENSE_FORMATS
+
 SERVERS = ("vllm", "sglang", "trtllm", "transformers", "llamacpp")
 NAMES = {
     "vllm": "vLLM",
@@ -121,7 +123,7 @@ _TRT_CT = _TRTLLM + "21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/model
 _HF = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/"
 _LLAMACPP = "https://github.com/ggml-org/llama.cpp/blob/0c1e57098bba43ac29e6e3b677cdceebdd22334f/"
 
-_PLAIN = ("bf16", "f16", "f32")
+_PLAIN = DENSE_FORMATS
 _LINEAR = ("dense", "moe", "mla-moe", "encoder")  # families whose quantised weights are linear modules
 _EXPERTS = ("moe", "mla-moe")
 _CT = ("compressed-tensors",)

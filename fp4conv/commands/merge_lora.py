@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fp4conv.commands.convert import convert
 from fp4conv.errors import UsageError
+from fp4conv.formats import TARGETS
 from fp4conv.layouts import parse
-from fp4conv.planner import TARGETS
 from fp4conv.sources import open_source
 
 if TYPE_CHECKING:

@@ -28,7 +28,6 @@ class QuantConfig:
     method: str
     algo: str | None = None
     group_size: int | None = None
-    kv_cache_algo: str | None = None
     ignore: tuple[str, ...] = ()
     format: str | None = None
     inputs_quantized: bool = False
@@ -49,13 +48,11 @@ def _from_model_config(claim: Mapping[str, JSON]) -> QuantConfig:
     nested = claim.get("quantization")  # some exporters put the hf_quant_config form under config.json's key
     if isinstance(nested, dict):
         return _from_hf_quant_config(nested)
-    kv = "FP8" if isinstance(claim.get("kv_cache_scheme"), dict) else None
     ignore = claim.get("ignore") or claim.get("modules_to_not_convert") or claim.get("exclude_modules")
     return QuantConfig(
         method=str(claim.get("quant_method") or "unknown"),
         algo=_text(claim.get("quant_algo")),
         group_size=_group_size(claim),
-        kv_cache_algo=_text(claim.get("kv_cache_quant_algo")) or kv,
         ignore=_names(ignore),
         format=_text(claim.get("format")),
         inputs_quantized=any(isinstance(group.get("input_activations"), dict) for group in _groups(claim)),
@@ -68,7 +65,6 @@ def _from_hf_quant_config(claim: Mapping[str, JSON]) -> QuantConfig:
         method="modelopt",
         algo=_text(claim.get("quant_algo")),
         group_size=_integer(claim.get("group_size")),
-        kv_cache_algo=_text(claim.get("kv_cache_quant_algo")),
         ignore=_names(claim.get("exclude_modules")),
     )
 
