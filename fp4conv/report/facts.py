@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,80 @@ from fp4conv.model import JSON, Decoded, Model
 
 
 @dataclass(frozen=True)
+class ErrorFacts:
+    """How far values are from those of a reference, in float64 over every value.
+
+    `signal`, `noise`: sums of squares of the reference and of the difference; `dot`, `power`: sum of the products with
+    the reference, and of the squares of the values themselves. Figures of several tensors add up.
+    `max_rel_error`: largest |difference| / |reference| over values that are not zero in the reference.
+    """
+
+    values: int
+    signal: float
+    noise: float
+    dot: float
+    power: float
+    max_abs_error: float
+    max_rel_error: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(signal / noise); +inf where nothing differs, -inf where noise stands against no signal."""
+        if not self.noise:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def mse(self) -> float:
+        return self.noise / self.values if self.values else 0.0
+
+    @property
+    def cosine(self) -> float:
+        """1 for the same direction; 1 too where both are zero throughout."""
+        if not self.noise:
+            return 1.0
+        scale = math.sqrt(self.signal) * math.sqrt(self.power)
+        return self.dot / scale if scale else 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The error that a conversion to `format` by `rule` would make."""
+
+    format: str
+    rule: str
+    error: ErrorFacts
+
+
+@dataclass(frozen=True)
+class ValueFacts:
+    """What the values of one tensor are. `smallest`, `largest`: over finite values, None where there are none.
+
+    For block formats: `codes` counts each of the 16 codes; `scales` has (exponent, blocks) for E8M0 and
+    (E4M3 value, blocks) for NVFP4, rising; `saturated` counts blocks with a code of magnitude 6, `unused_range` those
+    with values but none of magnitude 4 or 6: half the scale would have held them.
+    """
+
+    smallest: float | None
+    largest: float | None
+    zeros: int
+    nan: int
+    blocks: int = 0
+    zero_blocks: int = 0
+    saturated: int = 0
+    unused_range: int = 0
+    codes: tuple[int, ...] = ()
+    scales: tuple[tuple[float, int], ...] = ()
+    tensor_scale: float | None = None
+
+
+@dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of the model. `bits_per_weight` counts codes and scales."""
+    """One tensor of the model. `bits_per_weight` counts codes and scales.
+
+    `layer`: its number among the decoder layers. `kind`: what its module is called without layer and expert, 'q_proj'.
+    `values`, `error` and `estimates` where values were read, against a reference, or for conversions to choose from.
+    """
 
     name: str
     format: str
@@ -21,6 +94,11 @@ class TensorFacts:
     role: str
     file: str
     count: int = 1  # how many tensors a folded row stands for
+    layer: int | None = None
+    kind: str = ""
+    values: ValueFacts | None = None
+    error: ErrorFacts | None = None
+    estimates: tuple[Estimate, ...] = ()
 
 
 @dataclass(frozen=True)
