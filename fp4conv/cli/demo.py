@@ -1,0 +1,32 @@
+"""`fp4conv demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fp4conv.cli.group import epilog
+from fp4conv.cli.output import announce_kernels, print_json, print_view
+
+
+@click.command(epilog=epilog("fp4conv demo"))
+@click.argument("directory", metavar="[DIR]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def demo(directory: str | None, as_json: bool) -> None:
+    """Take the tour: make a small gpt-oss checkpoint and convert BF16 -> MXFP4 -> NVFP4 and MXFP4 -> BF16.
+
+    In DIR, or in a temporary folder that is removed at the end.
+    """
+    from fp4conv.commands.demo import demo as run
+
+    announce_kernels(quiet=False)
+    tour = run(directory, on_stop=lambda what: click.echo(f"{what} ...", err=True))
+    if as_json:
+        print_json(tour.to_json())
+        return
+    from fp4conv.report.terminal import tour_view
+
+    print_view(tour_view(tour.source_bytes, [(stop.name, stop.exact, stop.result) for stop in tour.stops]))
+    if directory:
+        click.echo(f"\nThe checkpoints are in {directory}. Look at one:  fp4conv inspect {Path(directory) / 'nvfp4'}")

@@ -1,0 +1,29 @@
+"""`fp4conv merge-lora`: convert, said in another way."""
+
+from __future__ import annotations
+
+import click
+
+from fp4conv.cli.convert import convert, run
+from fp4conv.cli.group import epilog
+from fp4conv.formats import TARGETS
+
+
+@click.command("merge-lora", epilog=epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"))
+@click.argument("base", metavar="BASE")
+@click.argument("adapter", metavar="ADAPTER")
+@click.argument("dst", metavar="DST")
+@click.option("--to", type=click.Choice(TARGETS), help="Number format of the result. Default: that of BASE.")
+def merge_lora(base: str, adapter: str, dst: str, *, to: str | None, **options: object) -> None:
+    """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
+
+    The same as convert BASE DST --lora ADAPTER, with BASE's own format unless --to is given. What the adapter does
+    not touch is copied as it is.
+    """
+    from fp4conv.commands.merge_lora import own_format
+
+    run(base, dst, lora=(adapter,), to=to or own_format(base), **options)  # type: ignore[arg-type]
+
+
+_OWN = ("src", "dst", "to", "lora")  # what merge-lora spells in its own way
+merge_lora.params += [parameter for parameter in convert.params if parameter.name not in _OWN]

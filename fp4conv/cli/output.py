@@ -1,0 +1,89 @@
+"""What commands print: views and JSON on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fp4conv.plan import Plan
+
+
+def words(*without: str) -> str:
+    """This command as it was typed."""
+    return shlex.join(["fp4conv", *(word for word in sys.argv[1:] if word not in without)])
+
+
+def print_view(view: RenderableType) -> None:
+    from fp4conv.report.terminal import console
+
+    console().print(view)
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def warn(warnings: tuple[str, ...], quiet: bool) -> None:
+    for warning in () if quiet else warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def announce_kernels(quiet: bool) -> None:
+    """Say so before the first compilation on this machine, which takes some seconds."""
+    import fp4conv.kernels.compiled  # noqa: F401 -- until its kernels are known, all look cold
+    from fp4conv.kernels.jit import cache_note, is_cold
+
+    if quiet:
+        return
+    if note := cache_note():
+        click.echo(f"warning: {note}", err=True)
+    elif is_cold():
+        click.echo("compiling kernels, once on this machine (some seconds) ...", err=True)
+
+
+class Meter:
+    """A progress bar on stderr, in bytes of the source; silent where stderr is no terminal, and with --quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._advance: Callable[[int], object] = lambda _: None
+        self._start_at: Callable[[int], object] = lambda _: None
+        self._close: Callable[[], None] = lambda: None
+
+    def plan(self, plan: Plan) -> None:
+        from tqdm import tqdm
+
+        announce_kernels(self._quiet)
+        bar = tqdm(
+            total=plan.bytes_read,
+            unit="B",
+            unit_scale=True,
+            desc=f"to {plan.target}",
+            disable=True if self._quiet else None,
+        )
+
+        def start_at(nbytes: int) -> None:
+            bar.initial = bar.n = bar.lastprint_view_n = nbytes  # so that it is no part of the rate
+            bar.refresh()
+
+        self._advance, self._start_at, self._close = bar.update, start_at, bar.close
+
+    def advance(self, nbytes: int) -> None:
+        self._advance(nbytes)
+
+    def resume(self, nbytes: int) -> None:
+        self._start_at(nbytes)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
