@@ -1,0 +1,76 @@
+"""What the runner asks of a fake quantiser, whoever provides it (`modelopt` on CUDA, `fp4conv` anywhere).
+
+A backend works on a loaded transformers model, in place. Its masters keep their names, shapes and dtypes: the
+state_dict of a prepared model has those of the plain model, and at most buffers of quantisers beside them. A weight
+is named as the model's own parameters are ('model.layers.0.mlp.experts.gate_up_proj'), whatever a checkpoint calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+BACKENDS = ("modelopt", "fp4conv")
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is fake-quantised, and how. `format_name`: 'mxfp4' or 'nvfp4'.
+
+    `quant_cfg`: a ModelOpt constant or recipe, which then says what is quantised, inputs too. None: weights only, those
+    that `scope` ('experts', 'mlp', 'all'; None: the family's own) and the globs name, as `fp4conv convert` selects.
+    """
+
+    format_name: str
+    quant_cfg: str | None = None
+    scope: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """One provider of fake quantisers. Each method raises the errors of fp4conv.errors."""
+
+    @property
+    def name(self) -> str:
+        """One of BACKENDS."""
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse, before a model is loaded, what this backend cannot do here: an unknown recipe, no GPU, no package."""
+
+    def calibrates(self, recipe: Recipe) -> bool:
+        """Whether `recipe` needs `calibrate` before training (NVFP4: tensor scales), rather than nothing (MXFP4)."""
+
+    def prepare(self, model: torch.nn.Module, recipe: Recipe) -> None:
+        """Put fake quantisers on `model`. A model whose weights are parametrised (adapters) is quantised after them."""
+
+    def calibrate(self, model: torch.nn.Module, batches: Iterable[Batch]) -> None:
+        """Set the amax of weights, and of inputs from forward passes over `batches`; share it in sets; freeze it."""
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        """Write into `folder` what `load` needs, and what `convert` reads beside the masters to repeat the forward."""
+
+    def load(self, model: torch.nn.Module, folder: Path) -> None:
+        """Put on a plain `model` the quantisers that `save` wrote, amax and all: in place of prepare and calibrate."""
+
+    def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
+        """Switch the input quantisers of `model` off or on again; weights stay quantised."""
+
+    def set_enabled(self, model: torch.nn.Module, enabled: bool) -> None:
+        """Switch all quantisers of `model` off or on again."""
+
+    def trainer(self) -> type:
+        """The class of trl's SFTTrainer, or one of its descendants, that trains a prepared model."""
+
+    def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each quantised weight: the master's name, and the values that the forward pass uses, in its dtype."""
+
+
+def open_backend(name: str) -> Backend:
+    """The backend `name`; UsageError for another name or where its packages are missing."""
+    raise NotImplementedError(name)
