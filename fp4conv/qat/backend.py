@@ -61,8 +61,11 @@ class Backend(Protocol):
     def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
         """Switch the input quantisers of `model` off or on again; weights stay quantised."""
 
-    def set_enabled(self, model: torch.nn.Module, enabled: bool) -> None:
-        """Switch all quantisers of `model` off or on again."""
+    def set_weights(self, model: torch.nn.Module, enabled: bool) -> None:
+        """Switch the weight quantisers of `model` off or on again; inputs stay as they are.
+
+        So a model whose weights were decoded from an export can run under the input quantisers of its training.
+        """
 
     def trainer(self) -> type:
         """The class of trl's SFTTrainer, or one of its descendants, that trains a prepared model."""
