@@ -42,6 +42,7 @@ FLOORS = {
     "sources": 5,
     "stacking": 5,
     "staging": 5,
+    "streaming": 5,
     "synthetic": 5,
     "training_rules": 5,
     "pipeline": 6,

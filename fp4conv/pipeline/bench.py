@@ -14,8 +14,9 @@ from fp4conv.hints.runs import Run
 from fp4conv.model import Weight
 from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.hint_log import HintLog
+from fp4conv.pipeline.shelf import Shelf
 from fp4conv.plan import Plan, Step, Unit
-from fp4conv.safetensors_io import Reader, Writer
+from fp4conv.safetensors_io import Reader
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Bench:
 
     plan: Plan
     reader: Reader
-    writers: Mapping[str, Writer]
+    writers: Shelf
     factors: Factors
     scales: dict[str, TensorScale] = field(default_factory=dict)
     log: HintLog | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
 from fp4conv.model import Weight
+from fp4conv.pipeline.shelf import Shelf
 from fp4conv.plan import Output, Unit
-from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, Writer, numpy_dtype
+from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, numpy_dtype
 
 Array = npt.NDArray[np.generic]
 
@@ -57,7 +56,7 @@ def read_rows(reader: Reader, ref: TensorRef, kn: bool, unit: Unit, scratch: Scr
     return out
 
 
-def write_rows(writers: Mapping[str, Writer], output: Output, unit: Unit, rows: Array) -> None:
+def write_rows(writers: Shelf, output: Output, unit: Unit, rows: Array) -> None:
     """Put the unit's rows of one output where they belong; `rows` as `rows_shape` has it."""
     weight = unit.step.weight
     assert weight is not None

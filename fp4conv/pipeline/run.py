@@ -11,10 +11,11 @@ import math
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import Protocol, TypeAlias
 
 from fp4conv.hints.runs import runs_from
 from fp4conv.hints.values import LOG
@@ -23,12 +24,14 @@ from fp4conv.model import JSON
 from fp4conv.pipeline.bench import Bench, Counts, Progress, TensorScale
 from fp4conv.pipeline.factors import Factors
 from fp4conv.pipeline.hint_log import HintLog
+from fp4conv.pipeline.holding import Holding
 from fp4conv.pipeline.matrices import Scratch
 from fp4conv.pipeline.operations import work
 from fp4conv.pipeline.results import Outcome, StepResult
 from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
 from fp4conv.pipeline.settle import reciprocal, turned_over
+from fp4conv.pipeline.shelf import Shelf
 from fp4conv.plan import (
     Output,
     Plan,
@@ -42,23 +45,39 @@ from fp4conv.plan import (
     reserved_bytes,
     units,
 )
-from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef, Writer
+from fp4conv.safetensors_io import DTYPE_BYTES, TensorRef
 from fp4conv.staging import Staging
+from fp4conv.streaming import SCALE, STEP, Moment, Side, moments, resident
 
 CHECKPOINT_SECONDS = 2.0
-# The journal knows steps and sets by these and their names, so that no tensor's name can be taken for a set's.
-_STEP, _SCALE = "step ", "scale "
+
+Told: TypeAlias = Callable[[int], None]
+
+
+class Taker(Protocol):
+    """Who gets the shards of the result as they become whole, while others are made; but for those of hints."""
+
+    @property
+    def sent(self) -> Collection[str]:
+        """Files that it had for good before this run began: they are not on the disk, and not to be made again."""
+        ...
+
+    def take(self, file: str, gone: Callable[[], None]) -> None:
+        """`file` is whole and on the disk, and nothing writes to it any more. `gone`: it takes no room any more."""
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong with it since it was last asked."""
+        ...
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One piece of a step's work, or (with `scan`) of the search for a tensor scale."""
+    """One piece of a moment's work: of a step, or (with `scan`) of the search for a tensor scale."""
 
     piece: Unit | Span
+    moment: Moment
     scan: Scan | None = None
-
-
-Told: TypeAlias = Callable[[int], None]
 
 
 def run(
@@ -69,32 +88,38 @@ def run(
     workers: int,
     progress: Told | None = None,
     resumed: Told | None = None,
+    taker: Taker | None = None,
+    max_disk: int | None = None,
 ) -> Outcome:
     """Write every shard of `plan` into `out`. `progress` is called with bytes of the source as they are done.
 
-    `resumed` is called once with those that an earlier run has done; where it is None, `progress` is.
+    `resumed` is called once with those that an earlier run has done; where it is None, `progress` is. `taker` gets
+    each shard when it is whole. With `max_disk`, no more bytes lie on the disk at any time; the caller has checked that
+    this is enough (`streaming.smallest_disk`).
     On any error, or Ctrl-C, what is done is journalled before the exception goes on.
     """
     budget = block_budget(max_memory, workers, reserved_bytes(plan, workers))
     with ExitStack() as stack:
         reader = stack.enter_context(plan.model.source.reader())
         out.start()
-        for name in plan.shards:
-            out.path(name).parent.mkdir(exist_ok=True)
+        sent = frozenset(taker.sent if taker else ())
         log = HintLog(out.path(LOG)) if plan.kept else None
         if log is not None:
             stack.callback(log.close)
-        out.forget(_lost_steps(plan, out, log))
+        out.forget(_lost_steps(plan, out, log, sent))
+        holding = Holding(plan, bound=max_disk, finished=out.finished, sent=sent)
+        if _drop_unadmitted(plan, out, holding, sent):
+            out.forget(_lost_steps(plan, out, log, sent))
+            holding = Holding(plan, bound=max_disk, finished=out.finished, sent=sent)
         finished = out.finished
         if log is not None:
             log.go_on_after(run for payload in finished.values() for run in runs_from(payload.get("runs")))
-        writers = {
-            name: stack.enter_context(Writer(out.path(name), shard.nbytes)) for name, shard in plan.shards.items()
-        }
-        for name, shard in plan.shards.items():
-            writers[name].write(0, shard.header)
-        bench = Bench(plan, reader, writers, Factors(reader, 2 * plan.factor_bytes), {}, log)
-        runner = _Runner(bench, out, budget, progress or (lambda _: None))
+        shelf = stack.enter_context(Shelf(plan, out, sent=sent))
+        if not holding.bounded:
+            shelf.open_all()
+        bench = Bench(plan, reader, shelf, Factors(reader, 2 * plan.factor_bytes), {}, log)
+        tell = progress or (lambda _: None)
+        runner = _Runner(bench, out, budget=budget, progress=tell, holding=holding, taker=taker)
         runner.take_over(finished, resumed)
         runner.run(workers)
         return _outcome(runner.results, runner.scales, runner.bytes_read)
@@ -102,7 +127,7 @@ def run(
 
 def whole_already(plan: Plan, out: Staging) -> Outcome | None:
     """What an earlier run measured that wrote every file and was stopped before the last rename; else None."""
-    there = not _missing(plan, out) and all(out.path(file.name).is_file() for file in plan.files)
+    there = not _missing(plan, out, frozenset()) and all(out.path(file.name).is_file() for file in plan.files)
     if not out.complete or not there:
         return None
     return _outcome(*_from_journal(out.finished), bytes_read=0)
@@ -121,27 +146,36 @@ def _from_journal(
     """What finished steps measured, and the tensor scales that were found."""
     results, scales = {}, {}
     for key, payload in finished.items():
-        if key.startswith(_SCALE):
-            scales[key.removeprefix(_SCALE)] = _scale_from(payload)
-        else:
-            results[key.removeprefix(_STEP)] = StepResult.from_payload(payload)
+        if key.startswith(SCALE):
+            scales[key.removeprefix(SCALE)] = _scale_from(payload)
+        elif key.startswith(STEP):
+            results[key.removeprefix(STEP)] = StepResult.from_payload(payload)
     return results, scales
 
 
-def _missing(plan: Plan, out: Staging) -> set[str]:
-    """Shards that are gone, or not as this plan made them."""
+def _missing(plan: Plan, out: Staging, sent: frozenset[str]) -> set[str]:
+    """Shards that are gone, or not as this plan made them; but for those that were `sent`."""
 
     def is_there(file: str) -> bool:
         path = out.path(file)
         return path.is_file() and path.stat().st_size == plan.shards[file].nbytes
 
-    return {file for file in plan.shards if not is_there(file)}
+    return {file for file in plan.shards if file not in sent and not is_there(file)}
 
 
-def _lost_steps(plan: Plan, out: Staging, log: HintLog | None) -> list[str]:
+def _drop_unadmitted(plan: Plan, out: Staging, holding: Holding, sent: frozenset[str]) -> bool:
+    """Remove shards of an earlier run that a smaller bound has no room for yet; whether there were any."""
+    kept = {*holding.admitted(Side.RESULT), *sent, *resident(plan)}
+    there = [out.path(name) for name in plan.shards if name not in kept and out.path(name).exists()]
+    for path in there:
+        path.unlink()
+    return bool(there)
+
+
+def _lost_steps(plan: Plan, out: Staging, log: HintLog | None, sent: frozenset[str]) -> list[str]:
     """Steps that the journal calls done, but whose files are gone, or are not as this plan made them."""
-    missing = _missing(plan, out)
-    lost = {_STEP + step.key for step in plan.steps if any(output.file in missing for output in step.outputs)}
+    missing = _missing(plan, out, sent)
+    lost = {STEP + step.key for step in plan.steps if any(output.file in missing for output in step.outputs)}
     if log is not None:
         runs = {key: runs_from(payload.get("runs")) for key, payload in out.finished.items()}
         lost |= {key for key, found in runs.items() if not log.holds(found)}
@@ -149,11 +183,15 @@ def _lost_steps(plan: Plan, out: Staging, log: HintLog | None) -> list[str]:
 
 
 class _Runner:
-    def __init__(self, bench: Bench, out: Staging, budget: int, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, bench: Bench, out: Staging, *, budget: int, progress: Told, holding: Holding, taker: Taker | None
+    ) -> None:
         self._bench = bench
         self._out = out
         self._budget = budget
         self._advance = progress
+        self._holding = holding
+        self._taker = taker
         self._scans: dict[str, Scan] = {}
         self._states: dict[str, Progress] = {}
         self._lock = threading.Lock()
@@ -171,7 +209,7 @@ class _Runner:
     def take_over(self, finished: Mapping[str, Mapping[str, JSON]], resumed: Told | None) -> None:
         """Leave out what an earlier run has done, and count it as progress."""
         plan = self._bench.plan
-        self._todo = [step for step in plan.steps if _STEP + step.key not in finished]
+        self._todo = [step for step in plan.steps if STEP + step.key not in finished]
         self.results, scales = _from_journal(finished)
         self._bench.scales.update(scales)
         left = sum(step.bytes_read for step in self._todo)
@@ -183,31 +221,22 @@ class _Runner:
     # ---- the order of work
 
     def _make_tasks(self) -> Iterator[_Task]:
-        waiting: Sequence[Step] = ()
-        for steps in self._clusters():
-            group = steps[0].group
-            if group and group not in self._bench.scales:
-                scan = self._scans[group] = Scan(group, steps, self._budget, self._bench.plan.hints.weights)
-                yield from (_Task(piece, scan) for piece in scan.pieces())
-            yield from self._step_tasks(waiting)
-            waiting = steps
-        yield from self._step_tasks(waiting)
+        for moment in moments(self._todo, frozenset(self._bench.scales)):
+            group = moment.group
+            if group is None:
+                yield from self._step_tasks(moment)
+                continue
+            scan = self._scans[group] = Scan(group, moment.steps, self._budget, self._bench.plan.hints.weights)
+            yield from (_Task(piece, moment, scan) for piece in scan.pieces())
 
-    def _clusters(self) -> Iterator[Sequence[Step]]:
-        """Steps that share a tensor scale together, at the place of the first; every other step alone."""
-        groups: dict[str, list[Step]] = {}
-        for step in self._todo:
-            groups.setdefault(step.group or f"\0{step.key}", []).append(step)
-        yield from groups.values()
-
-    def _step_tasks(self, steps: Sequence[Step]) -> Iterator[_Task]:
-        for step in steps:
-            pieces = list(units(step, self._budget))
-            rows = step.weight.matrices * step.weight.n if step.weight and step.weight.is_matrix else 0
-            state = self._states[step.key] = Progress(rows, remaining=max(1, len(pieces)))
-            if not pieces:  # a tensor without elements, or one whose bytes the plan knows
-                self._complete_piece(step, state, {})
-            yield from (_Task(piece) for piece in pieces)
+    def _step_tasks(self, moment: Moment) -> Iterator[_Task]:
+        (step,) = moment.steps
+        pieces = list(units(step, self._budget))
+        rows = step.weight.matrices * step.weight.n if step.weight and step.weight.is_matrix else 0
+        self._states[step.key] = Progress(rows, remaining=max(1, len(pieces)))
+        if not pieces:  # a tensor without elements, or one whose bytes the plan knows
+            pieces = [Span(step, 0, 0, 0)]
+        yield from (_Task(piece, moment) for piece in pieces)
 
     # ---- threads
 
@@ -220,7 +249,10 @@ class _Runner:
             while any(thread.is_alive() for thread in threads):
                 for thread in threads:
                     thread.join(0.05)
-                if time.monotonic() - last >= CHECKPOINT_SECONDS:
+                if self._taker is not None:
+                    self._taker.check()
+                starved = self._holding.bounded and self._holding.has_ended  # others may wait for its room
+                if starved or time.monotonic() - last >= CHECKPOINT_SECONDS:
                     self._checkpoint()
                     last = time.monotonic()
         except BaseException as error:  # noqa: BLE001 - raised again below, after what is done was kept
@@ -234,8 +266,15 @@ class _Runner:
             raise self._errors[0]
 
     def _checkpoint(self) -> None:
-        syncs = [writer.sync for writer in self._bench.writers.values()]
+        """Put everything written on the disk, journal it, and let go of the files that are then done with."""
+        ended = self._holding.take_ended()
+        syncs = self._bench.writers.syncs()
         self._out.checkpoint(*syncs, *([self._bench.log.sync] if self._bench.log else []))
+        for piece in ended:
+            if piece.side is Side.RESULT:
+                self._bench.writers.close(piece.name)
+                if self._taker is not None:
+                    self._taker.take(piece.name, partial(self._holding.free, piece))
 
     def _work(self) -> None:
         scratch = Scratch()
@@ -253,11 +292,14 @@ class _Runner:
 
     def _do(self, task: _Task, scratch: Scratch) -> None:
         step = task.piece.step
+        if not self._holding.wait(task.moment, self._stop):
+            return
         if task.scan is not None:
             scale = task.scan.look(self._bench, task.piece, scratch)
             if scale is not None:
                 self._bench.scales[task.scan.group] = scale
-                self._out.record(_SCALE + task.scan.group, _scale_payload(scale))
+                self._out.record(task.moment.key, _scale_payload(scale))
+                self._holding.done(task.moment.key)
                 task.scan.ready.set()
         else:
             if step.group and step.group not in self._bench.scales:
@@ -265,7 +307,7 @@ class _Runner:
                     if self._stop.is_set():
                         return
             state = self._states[step.key]
-            counts = work(self._bench, task.piece, state, scratch)
+            counts = work(self._bench, task.piece, state, scratch) if _has_work(task.piece) else {}
             with self._lock:
                 self._complete_piece(step, state, counts)
         self._advance(_source_bytes(task))
@@ -285,7 +327,8 @@ class _Runner:
         )
         self.results[step.key] = result
         del self._states[step.key]
-        self._out.record(_STEP + step.key, result.payload())
+        self._out.record(STEP + step.key, result.payload())
+        self._holding.done(STEP + step.key)
 
     def _write_known(self, step: Step) -> None:
         """The bytes that the plan knows, and the tensor scale that the scan found."""
@@ -311,6 +354,10 @@ class _Runner:
         else:
             return None
         return f32_bytes(reciprocal(value, step.key) if output.part.inverse else value)
+
+
+def _has_work(piece: Unit | Span) -> bool:
+    return isinstance(piece, Unit) or piece.stop > piece.start
 
 
 def _source_bytes(task: _Task) -> int:
