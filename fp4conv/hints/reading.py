@@ -28,14 +28,17 @@ from fp4conv.hints.values import (
     tensor_scale_name,
 )
 from fp4conv.model import FLOAT_DTYPES, JSON, Decoded, Model, Source, Weight
-from fp4conv.safetensors_io import TensorRef
-from fp4conv.safetensors_io.header import PREFIX_BYTES, header_bytes, parse_header
+from fp4conv.safetensors_io import TensorRef, header_at
+from fp4conv.training_state import AMAX, STATE
 
 _WITHOUT = "convert without hints: --no-hints"
 
 
+_OTHERS = (RECIPROCALS, STATE, AMAX)  # what else lies in the folder
+
+
 def has_hints(source: Source) -> bool:
-    return any(file.name.startswith(FOLDER + "/") and file.name != RECIPROCALS for file in source.files)
+    return any(file.name.startswith(FOLDER + "/") and file.name not in _OTHERS for file in source.files)
 
 
 def read_hints(model: Model, format_name: str) -> tuple[Hints, tuple[str, ...]]:
@@ -115,12 +118,7 @@ def _refs(source: Source, files: tuple[HintFile, ...]) -> dict[str, dict[str, Te
             if sizes.get(file.name) != file.nbytes:
                 here = f"{sizes[file.name]:,} bytes" if file.name in sizes else "no such file"
                 raise _damaged(f"{here}, expected {file.nbytes:,} bytes", file.name)
-            prefix = bytearray(PREFIX_BYTES)
-            reader.read_into(file.name, 0, prefix)
-            raw = bytearray(header_bytes(bytes(prefix), file.nbytes, file.name))
-            reader.read_into(file.name, PREFIX_BYTES, raw)
-            header = parse_header(bytes(raw), file.nbytes, file.name)
-            found[file.name] = {ref.name: ref for ref in header.tensors}
+            found[file.name] = {ref.name: ref for ref in header_at(reader, file.name, file.nbytes).tensors}
     return found
 
 

@@ -1,9 +1,9 @@
 """Checkpoints of quantisation-aware training: dense masters, and beside them what the forward pass did to them.
 
 ModelOpt saves the unquantised weights; `modelopt_state.pth` says which were fake-quantised and how, and NVFP4 adds
-the frozen amax of each quantiser as a BF16 scalar among the tensors. This module takes those facts out of a
-parsed model and attaches them to its weights. Tensors decide, never a claim: amax tensors count without a state
-file too.
+the frozen amax of each quantiser as a BF16 scalar among the tensors. fp4conv's own runs say the same in files of their
+own (`training_state`), which come first. This module takes those facts out of a parsed model and attaches them to its
+weights. Tensors decide, never a claim: amax tensors count without a state file too.
 
     X.weight_quantizer            -> X.weight
     experts.P_weight_quantizer    -> experts.P             (3-D parameter)
@@ -17,11 +17,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from fp4conv import training_state
 from fp4conv.errors import SourceError
 from fp4conv.formats import BLOCK_FORMATS, NVFP4
 from fp4conv.model import Model, Source, Stored, Trained, Weight
 from fp4conv.modelopt_state import MAX_STATE_BYTES, STATE_FILE, Quantizer, read_state
-from fp4conv.safetensors_io import TensorRef
+from fp4conv.safetensors_io import TensorRef, header_at
 
 _BUFFER = re.compile(r"(?P<quantizer>.*_quantizer(s\.\d+)?)\.(?P<buffer>_\w+)$")
 _EXPERT_QUANTIZER = re.compile(
@@ -36,11 +37,16 @@ _EXPERT = re.compile(r"experts\.\d+\.")
 def attach_training(model: Model, source: Source) -> Model:
     """`model` with `trained` filled in and the quantisers' buffers taken out of its weights."""
     buffers, others = _split_buffers(model.weights)
-    has_state = any(file.name == STATE_FILE for file in source.files)
+    files = {file.name: file.nbytes for file in source.files}
+    own = training_state.STATE in files
+    has_state = own or STATE_FILE in files
     if not has_state and not buffers:
         return model
     model = replace(model, weights=others)
-    state = read_state(source.read_bytes(STATE_FILE, MAX_STATE_BYTES)) if has_state else _assumed(buffers)
+    if own:
+        state, buffers = _own_state(source, files)
+    else:
+        state = read_state(source.read_bytes(STATE_FILE, MAX_STATE_BYTES)) if has_state else _assumed(buffers)
     _refuse_altered(state.values())
     trained = _trained(model, state, buffers)
     kv = {
@@ -79,6 +85,25 @@ def _split_buffers(weights: Iterable[Weight]) -> tuple[dict[str, TensorRef], tup
                 hint="this quantiser is of a kind that fp4conv does not write",
             )
     return buffers, tuple(others)
+
+
+def _own_state(source: Source, files: Mapping[str, int]) -> tuple[dict[str, Quantizer], dict[str, TensorRef]]:
+    """(quantisers, the amax of each) of a run of fp4conv. Raises SourceError where NVFP4 lacks what was frozen."""
+    state = training_state.parse_state(source.json(training_state.STATE) or {})
+    refs: Iterable[TensorRef] = ()
+    if training_state.AMAX in files:
+        with source.reader() as reader:
+            refs = header_at(reader, training_state.AMAX, files[training_state.AMAX]).tensors
+    buffers = {ref.name.removesuffix("._amax"): ref for ref in refs}
+    for quantizer in state.values():
+        ref = buffers.get(quantizer.name)
+        if quantizer.enabled and quantizer.format_name == NVFP4.name and (ref is None or ref.spec.elements != 1):
+            raise SourceError(
+                f"{quantizer.name} has no scalar amax, which {training_state.STATE} says was frozen in training",
+                where=training_state.AMAX,
+                hint="the file is damaged or of another run: copy it again, or train again",
+            )
+    return state, buffers
 
 
 def _assumed(buffers: Mapping[str, TensorRef]) -> dict[str, Quantizer]:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from fp4conv.errors import UsageError
+
 BACKENDS = ("modelopt", "fp4conv")
 Batch = Mapping[str, torch.Tensor]
 
@@ -31,6 +33,22 @@ class Recipe:
     scope: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A master, and what the forward pass makes of it. Blocks run along `axis` (-1 or -2).
+
+    `amax`: float32 [], or [E] where `each` of the experts [E, N, K] has a tensor scale of its own; None for MXFP4.
+    """
+
+    name: str
+    format_name: str
+    axis: int
+    each: bool
+    amax: torch.Tensor | None
+    master: torch.Tensor
+    values: torch.Tensor
 
 
 class Backend(Protocol):
@@ -73,7 +91,18 @@ class Backend(Protocol):
     def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Each quantised weight: the master's name, and the values that the forward pass uses, in its dtype."""
 
+    def quantized(self, model: torch.nn.Module) -> Iterator[QuantizedWeight]:
+        """The same with all that decides the values: what `checks` compares with the codec and with an export."""
+
 
 def open_backend(name: str) -> Backend:
     """The backend `name`; UsageError for another name or where its packages are missing."""
-    raise NotImplementedError(name)
+    if name not in BACKENDS:
+        raise UsageError(f"--backend: there is no backend {name!r}", hint=f"choose {' or '.join(BACKENDS)}")
+    if name == "fp4conv":
+        from fp4conv.qat.own import Fp4convBackend
+
+        return Fp4convBackend()
+    from fp4conv.qat.modelopt import ModelOptBackend
+
+    return ModelOptBackend()

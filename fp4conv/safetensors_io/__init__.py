@@ -6,7 +6,7 @@ Owns the file format and positional I/O on it. It refuses to own what a tensor m
 
 from __future__ import annotations
 
-from fp4conv.safetensors_io.files import MAX_OPEN_FILES, Buffer, Reader, Writer, read_header
+from fp4conv.safetensors_io.files import MAX_OPEN_FILES, Buffer, Reader, Writer, header_at, read_header
 from fp4conv.safetensors_io.header import (
     DTYPE_BYTES,
     MAX_HEADER_BYTES,
@@ -34,6 +34,7 @@ __all__ = [
     "TensorRef",
     "TensorSpec",
     "Writer",
+    "header_at",
     "header_bytes",
     "is_text",
     "lay_out",

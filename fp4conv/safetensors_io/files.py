@@ -136,6 +136,15 @@ class Reader:
             os.close(self._open.pop(file).descriptor)
 
 
+def header_at(reader: Reader, file: str, nbytes: int) -> Header:
+    """Read and check the header of `file`, which has `nbytes` bytes, by positional reads alone."""
+    prefix = bytearray(PREFIX_BYTES)
+    reader.read_into(file, 0, prefix)
+    raw = bytearray(header_bytes(bytes(prefix), nbytes, file))
+    reader.read_into(file, PREFIX_BYTES, raw)
+    return parse_header(bytes(raw), nbytes, file)
+
+
 class Writer:
     """Positional writes to one preallocated file of `nbytes` bytes; safe to share between threads.
 

@@ -1,0 +1,277 @@
+"""`--backend modelopt`: the fake quantisers of ModelOpt, whose MXFP4 and NVFP4 are CUDA kernels.
+
+What they freeze is written in fp4conv's own files (`training_state`), which need no pickle to be read, and in
+ModelOpt's, for those who go on with its tools. ModelOpt's classes are met here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from fp4conv.errors import PlanError, SourceError, UsageError
+from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat
+from fp4conv.modelopt_state import STATE_FILE, Quantizer
+from fp4conv.qat.amax import share
+from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
+from fp4conv.qat.recipes import check_format
+from fp4conv.qat.state import Amax, read_state, write_state
+from fp4conv.qat.targets import Target, all_targets, canonical, choose, input_set_of, weight_set_of
+
+Config: TypeAlias = dict[str, object]
+_OFF: Config = {"quantizer_name": "*", "enable": False}
+_SCALE_BITS = {MXFP4.name: (8, 0), NVFP4.name: (4, 3)}
+_ELSEWHERE = "train with --backend fp4conv, which has the same arithmetic and runs anywhere"
+
+
+@dataclass
+class _Held:
+    """A TensorQuantizer as what `amax.share` works on. `file_name` is what it is called in files.
+
+    `name` is the module's, or that of the quantiser where an expert has a tensor scale of its own.
+    """
+
+    name: str
+    file_name: str
+    quantizer: torch.nn.Module
+
+    @property
+    def amax(self) -> torch.Tensor | None:
+        found = self.quantizer.amax
+        return None if found is None else found.detach().to(torch.float32).reshape(())
+
+    @amax.setter
+    def amax(self, value: torch.Tensor) -> None:
+        old = self.quantizer.amax
+        dtype, shape = (torch.float32, ()) if old is None else (old.dtype, old.shape)
+        rounded = value.to(dtype)
+        assert bool(rounded.to(torch.float32) == value), "an amax of BF16 values is a BF16 value"
+        self.quantizer.amax = rounded.reshape(shape)
+
+
+class ModelOptBackend:
+    name = "modelopt"
+
+    def check(self, recipe: Recipe) -> None:
+        check_format(recipe.format_name)
+        if reason := missing_kernels():
+            raise UsageError(f"--backend modelopt: {reason}", hint=_ELSEWHERE)
+        if recipe.quant_cfg is not None:
+            _check_format(recipe, _named_config(recipe.quant_cfg))
+
+    def calibrates(self, recipe: Recipe) -> bool:
+        return recipe.format_name == NVFP4.name
+
+    def prepare(self, model: torch.nn.Module, recipe: Recipe) -> None:
+        if recipe.quant_cfg is None:
+            names = [name for target in choose(model, recipe) for name in _file_names(target, "weight")]
+            entries = [_entry(name, recipe.format_name) for name in names]
+        else:
+            listed = _named_config(recipe.quant_cfg)["quant_cfg"]
+            assert isinstance(listed, list)
+            entries = [*listed, *({"quantizer_name": f"*{glob}*", "enable": False} for glob in recipe.exclude)]
+        _quantize(model, entries)
+        self._check_prepared(model, recipe)
+
+    def _check_prepared(self, model: torch.nn.Module, recipe: Recipe) -> None:
+        """Refuse quantisers that no export of fp4conv can repeat."""
+        block = BLOCK_FORMATS[recipe.format_name]
+        for target, held in _held(model, "weight"):
+            if _format_of(held.quantizer) is not block:
+                raise PlanError(
+                    f"its quantiser is {held.quantizer}, not {block.name} with dynamic blocks",
+                    where=held.file_name,
+                    hint="choose another --quant-cfg: fp4conv exports MXFP4 and NVFP4 by their largest magnitude",
+                )
+            size = target.value.shape[target.axis]
+            if size % block.block:
+                raise PlanError(
+                    f"{size} values along the axis of blocks are no multiple of {block.block}",
+                    where=target.weight,
+                    hint="leave it out with --exclude 'GLOB'",
+                )
+
+    def calibrate(self, model: torch.nn.Module, batches: Iterable[Batch]) -> None:
+        import modelopt.torch.quantization as mtq
+
+        def forward(loop_model: torch.nn.Module) -> None:
+            for batch in batches:
+                loop_model(**batch)
+
+        with torch.no_grad():
+            mtq.calibrate(model, "max", forward)
+        weights = [held for _, held in _held(model, "weight")]
+        share((held for held in weights if _format_of(held.quantizer) is NVFP4), weight_set_of)
+        inputs = [held for _, held in _held(model, "input")]
+        share((held for held in inputs if _format_of(held.quantizer) is NVFP4), input_set_of)
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        import modelopt.torch.opt as mto
+
+        quantizers: list[Quantizer] = []
+        amax: dict[str, Amax] = {}
+        for kind in ("weight", "input"):
+            for _, held in _held(model, kind):
+                found = _format_of(held.quantizer)
+                if found is None:
+                    continue
+                quantizers.append(Quantizer(held.file_name, True, found.name))
+                if found is NVFP4 and held.amax is not None:
+                    amax[f"{held.file_name}._amax"] = np.asarray(held.amax.cpu().numpy(), np.float32)
+        write_state(folder, self.name, quantizers, amax)
+        torch.save(mto.modelopt_state(model), folder / STATE_FILE)
+
+    def load(self, model: torch.nn.Module, folder: Path) -> None:
+        quantizers, amax = read_state(folder)
+        _quantize(model, [_entry(each.name, each.format_name) for each in quantizers.values() if each.enabled])
+        unused = set(quantizers)
+        for kind in ("weight", "input"):
+            for target, held in _held(model, kind):
+                unused.discard(held.file_name)
+                stored = amax.get(f"{held.file_name}._amax")
+                if stored is not None:
+                    held.amax = torch.tensor(float(stored.reshape(())), device=target.value.device)
+        if unused:
+            raise SourceError(
+                f"{len(unused)} quantisers of its state belong to no weight of this model ({min(unused)})",
+                where=str(folder),
+                hint="the state is of another model, or this release of transformers names its modules in another way",
+            )
+
+    def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
+        _switch((held for _, held in _held(model, "input")), enabled)
+
+    def set_weights(self, model: torch.nn.Module, enabled: bool) -> None:
+        _switch((held for _, held in _held(model, "weight")), enabled)
+
+    def trainer(self) -> type:
+        from modelopt.torch.quantization.plugins.trl import QATSFTTrainer
+
+        trainer: type = QATSFTTrainer
+        return trainer
+
+    def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((weight.name, weight.values) for weight in self.quantized(model))
+
+    def quantized(self, model: torch.nn.Module) -> Iterator[QuantizedWeight]:
+        by_target: dict[str, tuple[Target, list[_Held]]] = {}
+        for target, held in _held(model, "weight"):
+            by_target.setdefault(target.weight, (target, []))[1].append(held)
+        for target, members in by_target.values():
+            found = _format_of(members[0].quantizer)
+            if found is None:
+                continue
+            master = target.value.detach()
+            amax = [held.amax for held in members if held.amax is not None and found is NVFP4]
+            frozen = torch.stack(amax) if target.each and amax else amax[0] if amax else None
+            with torch.no_grad():
+                values = _forward_values(target, master, members)
+            yield QuantizedWeight(target.weight, found.name, target.axis, target.each, frozen, master, values)
+
+
+def missing_kernels() -> str | None:
+    """Why ModelOpt's fake quantisers do not run here, or None."""
+    try:
+        importlib.import_module("modelopt.torch.quantization")
+    except ImportError as error:
+        return f"{error}; install it with: pip install 'fp4conv[qat]'"
+    if not torch.cuda.is_available():
+        return "its fake quantisers are CUDA kernels, and torch sees no GPU"
+    return None
+
+
+def _named_config(name: str) -> Config:
+    """The configuration of a constant of modelopt.torch.quantization, or of a recipe of its library or a YAML file."""
+    import modelopt.torch.quantization as mtq
+
+    found = getattr(mtq, name, None) if name.endswith("_CFG") else None
+    if isinstance(found, dict):
+        return dict(found)
+    try:
+        from modelopt.recipe import load_recipe
+
+        quantize = load_recipe(name).quantize
+    except (ImportError, AttributeError, ValueError, OSError) as error:
+        known = sorted(each for each in mtq.config.choices if "FP4" in each)
+        raise UsageError(
+            f"--quant-cfg {name} is neither a constant of ModelOpt nor a recipe for quantisation: {error}",
+            hint=f"choose one of {', '.join(known)}; or a recipe such as general/ptq/nvfp4_mlp_weight_only",
+        ) from error
+    return dict(quantize.model_dump(exclude_unset=True)) if hasattr(quantize, "model_dump") else dict(quantize)
+
+
+def _check_format(recipe: Recipe, config: Mapping[str, object]) -> None:
+    """The formats that `config` gives to weights, against the one that is wanted."""
+    listed = config.get("quant_cfg")
+    for entry in listed if isinstance(listed, list) else ():
+        name, facts = str(entry.get("quantizer_name")), entry.get("cfg")
+        if not facts or "input_quantizer" in name or "bmm" in name:
+            continue
+        sizes = facts.get("block_sizes") if isinstance(facts, dict) else None
+        bits = sizes.get("scale_bits") if isinstance(sizes, dict) else None
+        if bits is None or tuple(bits) != _SCALE_BITS[recipe.format_name]:
+            raise UsageError(
+                f"--quant-cfg {recipe.quant_cfg} is not for --format {recipe.format_name}",
+                hint="say the --format that it is for, or choose another --quant-cfg",
+            )
+
+
+def _entry(quantizer: str, format_name: str) -> Config:
+    sizes = {-1: BLOCK_FORMATS[format_name].block, "type": "dynamic", "scale_bits": _SCALE_BITS[format_name]}
+    # A wrapper's prefix may come before the name.
+    return {"quantizer_name": f"*{quantizer}", "cfg": {"num_bits": (2, 1), "block_sizes": sizes}}
+
+
+def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
+    import modelopt.torch.quantization as mtq
+
+    mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
+
+
+def _file_names(target: Target, kind: str) -> Iterator[str]:
+    stem = target.weight.rpartition(".")[0] + "." + target.quantizer(kind)
+    if target.each and kind == "weight":
+        yield from (f"{stem}s.{expert}" for expert in range(len(target.value)))
+    else:
+        yield stem
+
+
+def _held(model: torch.nn.Module, kind: str) -> Iterator[tuple[Target, _Held]]:
+    """The enabled quantisers of `kind`, by the parameter that they belong to."""
+    modules = {canonical(name): module for name, module in model.named_modules() if "_quantizer" in name}
+    for target in all_targets(model):
+        for name in _file_names(target, kind):
+            quantizer = modules.get(name)
+            if quantizer is not None and quantizer.is_enabled:
+                own_scale = target.each and kind == "weight"
+                yield target, _Held(name if own_scale else target.name, name, quantizer)
+
+
+def _format_of(quantizer: torch.nn.Module) -> BlockFormat | None:
+    sizes = quantizer.block_sizes
+    if quantizer.num_bits != (2, 1) or not sizes or sizes.get("type") != "dynamic":
+        return None
+    scale_bits = tuple(sizes.get("scale_bits") or ())
+    return next((BLOCK_FORMATS[name] for name, bits in _SCALE_BITS.items() if bits == scale_bits), None)
+
+
+def _switch(held: Iterable[_Held], enabled: bool) -> None:
+    for each in held:
+        if enabled:
+            each.quantizer.enable_quant()
+        else:
+            each.quantizer.disable_quant()
+
+
+def _forward_values(target: Target, master: torch.Tensor, members: list[_Held]) -> torch.Tensor:
+    if target.each:
+        return torch.stack([held.quantizer(matrix) for held, matrix in zip(members, master, strict=True)])
+    if target.axis == -2:
+        return members[0].quantizer(master.transpose(-1, -2).contiguous()).transpose(-1, -2)
+    return members[0].quantizer(master)
