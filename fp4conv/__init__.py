@@ -1,7 +1,7 @@
 """fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model.
 
-`convert`, `merge_lora`, `inspect` and `open` are the commands as functions. They are imported when first asked for, so
-that `import fp4conv` costs nothing.
+`convert`, `merge_lora`, `inspect`, `verify` and `open` are the commands as functions. They are imported when first
+asked for, so that `import fp4conv` costs nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,33 @@ if TYPE_CHECKING:
     from fp4conv.commands.inspect import inspect
     from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
+    from fp4conv.commands.verify import verify
     from fp4conv.errors import Fp4convError
     from fp4conv.report.converted import ConvertResult
+    from fp4conv.report.verified import Verified
 
-__all__ = ["Checkpoint", "ConvertResult", "Fp4convError", "__version__", "convert", "inspect", "merge_lora", "open"]
+__all__ = [
+    "Checkpoint",
+    "ConvertResult",
+    "Fp4convError",
+    "Verified",
+    "__version__",
+    "convert",
+    "inspect",
+    "merge_lora",
+    "open",
+    "verify",
+]
 
 _HOMES = {
     "convert": "fp4conv.commands.convert",
     "inspect": "fp4conv.commands.inspect",
     "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",
+    "verify": "fp4conv.commands.verify",
     "Checkpoint": "fp4conv.commands.open",
     "ConvertResult": "fp4conv.report.converted",
+    "Verified": "fp4conv.report.verified",
     "Fp4convError": "fp4conv.errors",
 }
 

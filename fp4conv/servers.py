@@ -123,6 +123,17 @@ _TRT_CT = _TRTLLM + "21156a7a57acd21e17feb5c2721c30f035e0f2af/tensorrt_llm/model
 _HF = "https://github.com/huggingface/transformers/blob/v5.23.0/src/transformers/"
 _LLAMACPP = "https://github.com/ggml-org/llama.cpp/blob/0c1e57098bba43ac29e6e3b677cdceebdd22334f/"
 
+# Where what was read begins: to be followed by a path, but for TensorRT-LLM, whose files are of several commits.
+LINKS = {
+    "vllm": _VLLM,
+    "sglang": _SGLANG,
+    "transformers": _HF,
+    "llamacpp": _LLAMACPP,
+    "trtllm-config": _TRT_CONFIG,
+    "trtllm-linear": _TRT_LINEAR,
+    "trtllm-moe": _TRT_MOE,
+}
+
 _PLAIN = DENSE_FORMATS
 _LINEAR = ("dense", "moe", "mla-moe", "encoder")  # families whose quantised weights are linear modules
 _EXPERTS = ("moe", "mla-moe")

@@ -196,6 +196,19 @@ def _gate_up_scales_differ(folder: Path) -> None:
     replaced("model.layers.1.mlp.experts.2.up_proj.weight_scale_2", times(1.25))(folder)
 
 
+def _zero_block_scale(folder: Path) -> None:
+    """The scale of the first block that has values becomes zero."""
+
+    def change(tensors: Tensors) -> None:
+        stem = "model.layers.0.mlp.up_proj.weight"
+        scales = np.ascontiguousarray(tensors[stem + "_scale"]).copy()
+        magnitudes = tensors[stem].reshape(*scales.shape, -1).astype(np.uint8) & 0x77
+        scales.view(np.uint8).reshape(-1)[np.flatnonzero(magnitudes.any(axis=-1))[0]] = 0
+        tensors[stem + "_scale"] = scales
+
+    edit_tensors(folder, change)
+
+
 def _transposed(*names: str) -> Callable[[Path], None]:
     def change(tensors: Tensors) -> None:
         turned = [name for name in tensors if name.endswith(names)]
@@ -344,7 +357,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("nan-block-scale", "llama-nvfp4-default", replaced("model.layers.0.mlp.up_proj.weight_scale", set_byte(127))),
     Fault("nan-block-scale-mxfp4", "gptoss-mxfp4",
           replaced("model.layers.0.mlp.experts.down_proj_scales", set_byte(255))),
-    Fault("zero-block-scale", "llama-nvfp4-default", replaced("model.layers.0.mlp.up_proj.weight_scale", set_byte(0))),
+    Fault("zero-block-scale", "llama-nvfp4-default", _zero_block_scale),
     Fault("overflowing-block-scale", "gptoss-mxfp4-native-like",
           replaced("model.layers.0.mlp.experts.down_proj_scales", lambda held: np.full_like(held, 254))),
     Fault("zero-tensor-scale", "llama-nvfp4-default",

@@ -178,7 +178,7 @@ def test_a_layer_that_lacks_a_tensor_is_named(reference: Reference, tmp_path: Pa
 def test_whole_layers_that_are_missing_are_named(reference: Reference, tmp_path: Path) -> None:
     source = copy_with(reference("llama-bf16"), tmp_path / "src", lose(r"layers\.0\."))
     found = fp4conv.inspect(source)
-    assert any("2 layers" in warning and "none numbered 0" in warning for warning in found.warnings)
+    assert any("2 layers" in warning and "has none numbered 0" in warning for warning in found.warnings)
 
 
 def layer(kind: str, number: int) -> dict[str, Array]:

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fp4conv"
 # A module, or a package with all that lies in it -> its floor. The longest match counts.
 FLOORS = {
     "errors": 0,
+    "faults": 0,
     "formats": 0,
     "patterns": 0,
     "sizes": 0,
@@ -29,6 +30,7 @@ FLOORS = {
     "families": 3,
     "lora": 3,
     "model": 3,
+    "readings": 3,
     "servers": 3,
     "training_state": 3,
     "layouts": 4,
@@ -46,6 +48,7 @@ FLOORS = {
     "streaming": 5,
     "synthetic": 5,
     "training_rules": 5,
+    "checks": 6,
     "pipeline": 6,
     "report": 6,
     "commands": 7,

@@ -13,6 +13,7 @@ from fp4conv.cli.demo import demo
 from fp4conv.cli.group import Group
 from fp4conv.cli.inspect import inspect
 from fp4conv.cli.merge_lora import merge_lora
+from fp4conv.cli.verify import verify
 from fp4conv.version import __version__
 
 __all__ = ["main"]
@@ -24,5 +25,5 @@ def main() -> None:
     """Convert language-model checkpoints between BF16, MXFP4 and NVFP4: exact, streaming, resumable."""
 
 
-for command in (convert, merge_lora, inspect, demo):
+for command in (convert, merge_lora, inspect, verify, demo):
     main.add_command(command)

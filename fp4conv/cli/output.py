@@ -87,3 +87,28 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+
+class Bar:
+    """A progress bar on stderr, in bytes read; silent where stderr is no terminal, and with `quiet`."""
+
+    def __init__(self, what: str, quiet: bool) -> None:
+        self._what = what
+        self._quiet = quiet
+        self._advance: Callable[[int], object] = lambda _: None
+        self._close: Callable[[], None] = lambda: None
+
+    def start(self, nbytes: int) -> None:
+        from tqdm import tqdm
+
+        bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=self._what, disable=True if self._quiet else None)
+        self._advance, self._close = bar.update, bar.close
+
+    def advance(self, nbytes: int) -> None:
+        self._advance(nbytes)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fp4conv.errors import UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
 from fp4conv.layouts.completeness import check_complete, check_size
-from fp4conv.layouts.compressed_tensors import CompressedTensors
+from fp4conv.layouts.compressed_tensors import MX, NV, CompressedTensors
 from fp4conv.layouts.fakequant import attach_training
 from fp4conv.layouts.fp8 import Fp8
 from fp4conv.layouts.hf import HfDense
-from fp4conv.layouts.modelopt import ModelOpt
+from fp4conv.layouts.modelopt import EXPERTS, LINEAR, MX_LINEAR, ModelOpt
+from fp4conv.layouts.openai import EXPERTS as OPENAI_EXPERTS
 from fp4conv.layouts.openai import OpenAI
 from fp4conv.layouts.openai_original import OpenAIOriginal
+from fp4conv.layouts.parts import PartNames
 from fp4conv.model import FP8, Model, Source
 
 LAYOUTS: tuple[Layout, ...] = (OpenAIOriginal(), OpenAI(), CompressedTensors(), ModelOpt(), Fp8(), HfDense())
+
+# How each layout names the parts of quantised weights; the others hold none, or (FP8) parts of another kind.
+PART_TABLES: Mapping[str, tuple[PartNames, ...]] = {
+    "openai": (OPENAI_EXPERTS,),
+    "openai-original": (OPENAI_EXPERTS,),  # once its tensors have Hugging Face's names
+    "compressed-tensors": (MX, NV),
+    "modelopt": (LINEAR, MX_LINEAR, EXPERTS),
+}
+
+
+def recognised(source: Source) -> Layout:
+    """The first layout that takes `source` for its own."""
+    return next(layout for layout in LAYOUTS if layout.recognises(source))
 
 
 def parse(source: Source) -> Model:
     """Everything that a source holds, by the first layout that recognises it. Reads headers and configs only."""
     check_size(source.json("config.json") or {})
     family = family_of(source.tensors)
-    layout = next(layout for layout in LAYOUTS if layout.recognises(source))
+    layout = recognised(source)
     parsed = layout.parse(source, family)
     weights = tuple(sorted(parsed.weights, key=lambda weight: natural_key(weight.name)))
     config = parsed.config if parsed.config is not None else source.json("config.json")
@@ -49,4 +66,14 @@ def default_layout(format_name: str, family: Family) -> Layout:
     return layout_named("modelopt" if format_name == "nvfp4" else "hf")
 
 
-__all__ = ["LAYOUTS", "Layout", "Parsed", "Written", "default_layout", "layout_named", "parse"]
+__all__ = [
+    "LAYOUTS",
+    "PART_TABLES",
+    "Layout",
+    "Parsed",
+    "Written",
+    "default_layout",
+    "layout_named",
+    "parse",
+    "recognised",
+]

@@ -9,7 +9,8 @@ full attention) are two kinds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from fp4conv.errors import SourceError
 from fp4conv.families import Role
@@ -37,24 +38,40 @@ def check_size(config: Mapping[str, JSON]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Gap:
+    """What is missing. `where`: a tensor, a layer or a stack of layers. `fatal`: nothing can stand in for it."""
+
+    where: str
+    found: str
+    fatal: bool = False
+
+
 def check_complete(weights: Sequence[Weight], config: Mapping[str, JSON]) -> tuple[str, ...]:
     """Warnings. SourceError where experts are missing."""
+    notes: list[str] = []
+    for gap in gaps([(weight.name, weight.role) for weight in weights], config):
+        if gap.fatal:
+            raise SourceError(gap.found, where=gap.where, hint=_HINT)
+        notes.append(f"{gap.where} {gap.found}")
+    return tuple(notes)
+
+
+def gaps(weights: Sequence[tuple[str, Role]], config: Mapping[str, JSON]) -> Iterator[Gap]:
+    """Everything that `weights` (names and roles) lack, layer by layer, those of experts first."""
     stated = config.get("text_config")
     config = stated if isinstance(stated, dict) else config
     total = config.get("num_hidden_layers")
-    layers = _layers(weight.name for weight in weights if weight.role not in (Role.MTP, Role.VISION, Role.AUDIO))
-    notes: list[str] = []
+    layers = _layers(name for name, role in weights if role not in (Role.MTP, Role.VISION, Role.AUDIO))
     for stack, found in layers.items():
-        _check_expert_modules(stack, found, config)
+        yield from _expert_gaps(stack, found, config)
         if config.get("model_type") == "gpt_oss":
-            _check_gpt_oss(stack, found, total if isinstance(total, int) else 0)
-        notes += _poorer(stack, found)
+            yield from _gpt_oss_gaps(stack, found, total if isinstance(total, int) else 0)
+        yield from _poorer(stack, found)
         absent = [layer for layer in range(total) if layer not in found] if isinstance(total, int) else []
         if absent and len(layers) == 1:
-            notes.append(
-                f"the config says {total} layers; of {stack} there are none numbered {_some(map(str, absent))}"
-            )
-    return tuple(notes)
+            there = f"has none numbered {_some(map(str, absent))}; the config says {total} layers"
+            yield Gap(stack, there)
 
 
 def _layers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
@@ -66,7 +83,7 @@ def _layers(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
     return found
 
 
-def _check_gpt_oss(stack: str, found: Mapping[int, set[str]], total: int) -> None:
+def _gpt_oss_gaps(stack: str, found: Mapping[int, set[str]], total: int) -> Iterator[Gap]:
     """Every layer has both expert parameters; experts in a form that is not known here are left alone."""
     for layer in range(max(total, max(found) + 1)):
         inside = found.get(layer, set())
@@ -74,10 +91,10 @@ def _check_gpt_oss(stack: str, found: Mapping[int, set[str]], total: int) -> Non
         for leaf in () if unknown else _FUSED:
             if f"mlp.experts.{leaf}" not in inside:
                 where = f"{stack}.{layer}.mlp.experts.{leaf}"
-                raise SourceError("is not there: the experts of this layer are lost", where=where, hint=_HINT)
+                yield Gap(where, "is not there: the experts of this layer are lost", fatal=True)
 
 
-def _check_expert_modules(stack: str, found: Mapping[int, set[str]], config: Mapping[str, JSON]) -> None:
+def _expert_gaps(stack: str, found: Mapping[int, set[str]], config: Mapping[str, JSON]) -> Iterator[Gap]:
     """Every expert of a layer has the tensors that the others have, and there are as many as in other layers."""
     experts = {layer: _experts(inside) for layer, inside in found.items()}
     if not any(experts.values()):
@@ -87,16 +104,13 @@ def _check_expert_modules(stack: str, found: Mapping[int, set[str]], config: Map
     for layer, groups in sorted(experts.items()):
         if not groups and (router := next((name for name in found[layer] if _ROUTER.search(name)), None)):
             where = f"{stack}.{layer}.{router}"
-            raise SourceError("a router without experts; other layers have some", where=where, hint=_HINT)
+            yield Gap(where, "a router without experts; other layers have some", fatal=True)
         for parent, members in groups.items():
             wanted = set().union(*members.values())
             for number in range(max(stated, most)):
-                if lacking := wanted - members.get(number, set()):
-                    raise SourceError(
-                        f"is not there, other experts have it ({len(members)} experts of {max(stated, most)} found)",
-                        where=f"{stack}.{layer}.{parent}.{number}.{min(lacking)}",
-                        hint=_HINT,
-                    )
+                for lacking in sorted(wanted - members.get(number, set())):
+                    there = f"is not there, other experts have it ({len(members)} experts of {max(stated, most)} found)"
+                    yield Gap(f"{stack}.{layer}.{parent}.{number}.{lacking}", there, fatal=True)
 
 
 def _experts(inside: Iterable[str]) -> dict[str, dict[int, set[str]]]:
@@ -108,18 +122,15 @@ def _experts(inside: Iterable[str]) -> dict[str, dict[int, set[str]]]:
     return found
 
 
-def _poorer(stack: str, found: Mapping[int, set[str]]) -> list[str]:
+def _poorer(stack: str, found: Mapping[int, set[str]]) -> Iterator[Gap]:
     kinds = {layer: frozenset(_EXPERT.sub(_ANY_EXPERT, name) for name in rest) for layer, rest in found.items()}
     distinct = set(kinds.values())
-    notes = []
     for layer, kind in sorted(kinds.items()):
         richer = [other for other in distinct if kind < other]
         if richer:
             lacking = min(richer, key=len) - kind
-            notes.append(
-                f"{stack}.{layer} lacks {len(lacking)} tensors that other layers have: {_some(sorted(lacking), 3)}"
-            )
-    return notes
+            there = f"lacks {len(lacking)} tensors that other layers have: {_some(sorted(lacking), 3)}"
+            yield Gap(f"{stack}.{layer}", there)
 
 
 def _some(items: Iterable[str], most: int = 5) -> str:

@@ -63,16 +63,9 @@ class OpenAIOriginal:
         return any(_MARK.search(name) for name in source.tensors)
 
     def parse(self, source: Source, family: Family) -> Parsed:
-        stated = source.json(MODEL_CONFIG)
-        if stated is None:
-            raise SourceError(
-                "is not there: without it the rows of q, k and v cannot be told apart",
-                where=MODEL_CONFIG,
-                hint="download the whole folder original/, its config.json too",
-            )
-        config, notes = from_openai(stated)
-        tensors = {ref.name: ref for old in source.tensors.values() for ref in _hugging_face(old, stated)}
-        parsed = OpenAI().parse(_Renamed(source, tensors, config), family)
+        renamed, notes = with_hugging_face_names(source)
+        config = renamed.json(MODEL_CONFIG)
+        parsed = OpenAI().parse(renamed, family)
         if not any(file.name.startswith("tokenizer") for file in source.files):
             notes.append(
                 "there is no tokenizer, chat template or generation config in the folder, so there is none in the "
@@ -97,6 +90,20 @@ class OpenAIOriginal:
 
 
 # ---- reading
+
+
+def with_hugging_face_names(source: Source) -> tuple[Source, list[str]]:
+    """(`source` as Hugging Face names its tensors and says its config, warnings); SourceError where it is none such."""
+    stated = source.json(MODEL_CONFIG)
+    if stated is None:
+        raise SourceError(
+            "is not there: without it the rows of q, k and v cannot be told apart",
+            where=MODEL_CONFIG,
+            hint="download the whole folder original/, its config.json too",
+        )
+    config, notes = from_openai(stated)
+    tensors = {ref.name: ref for old in source.tensors.values() for ref in _hugging_face(old, stated)}
+    return _Renamed(source, tensors, config), notes
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ class PartNames:
         return stem if self.experts else stem + DENSE_SUFFIX
 
     def stem(self, weight: Weight) -> str:
-        return weight.name if self.experts else weight.name.removesuffix(DENSE_SUFFIX)
+        return self.stem_of(weight.name)
+
+    def stem_of(self, canonical: str) -> str:
+        return canonical if self.experts else canonical.removesuffix(DENSE_SUFFIX)
 
 
 @dataclass(frozen=True)

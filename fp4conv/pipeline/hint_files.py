@@ -13,7 +13,7 @@ from fp4conv.errors import SourceError
 from fp4conv.hints.runs import Run, is_sparse
 from fp4conv.hints.values import FACTS, FOLDER, LOG, PARTS, RECORDS, HintFile, Kept, facts_bytes
 from fp4conv.kernels.hints import NO_HINT
-from fp4conv.model import JSON
+from fp4conv.model import JSON, Source
 from fp4conv.pipeline.hint_log import HintLog
 from fp4conv.pipeline.results import StepResult
 from fp4conv.plan import Plan
@@ -49,10 +49,15 @@ def hint_bytes(plan: Plan, out: Staging) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
+def damaged_files(source: Source, files: Sequence[HintFile]) -> list[str]:
+    """Names of those of `files` that are not what their digests say."""
+    with source.reader() as reader:
+        return [file.name for file in files if _stored_sha256(reader, file) != file.sha256]
+
+
 def check_hints(plan: Plan) -> None:
     """SourceError where the hints that a plan goes by are not what their digests say. Reads them once."""
-    with plan.model.source.reader() as reader:
-        damaged = [file.name for file in plan.hints.files if _stored_sha256(reader, file) != file.sha256]
+    damaged = damaged_files(plan.model.source, plan.hints.files)
     if damaged:
         raise SourceError(
             "its bytes are not those that its digest was made of",

@@ -94,19 +94,20 @@ class LocalSource:
 
 def open_source(text: str | Path) -> LocalSource:
     """Open the checkpoint in folder `text`: reads directory entries, headers and the index, no tensor."""
-    root = _existing_folder(text)
+    root = existing_folder(text)
     return LocalSource(root, name=str(text))
 
 
 def open_adapter(text: str | Path) -> LocalSource:
     """Open a peft adapter's folder: the tensors of its adapter_model.safetensors."""
-    root = _existing_folder(text)
+    root = existing_folder(text)
     if not (root / ADAPTER).exists():
         raise SourceError(f"has no {ADAPTER}", where=str(text), hint="Give the folder that peft saved the adapter in.")
     return LocalSource(root, (ADAPTER,), name=str(text))
 
 
-def _existing_folder(text: str | Path) -> Path:
+def existing_folder(text: str | Path) -> Path:
+    """The folder that `text` names; SourceError where there is none."""
     root = Path(text)
     where = str(text)
     if "\0" in where:

@@ -1,0 +1,39 @@
+"""`fp4conv verify`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from fp4conv.cli.group import epilog
+from fp4conv.cli.output import Bar, print_json, print_view
+from fp4conv.servers import SERVERS
+
+
+@click.command(epilog=epilog("fp4conv verify my-llama", "fp4conv verify gpt-oss-20b --for vllm"))
+@click.argument("src", metavar="SRC")
+@click.option(
+    "--for", "for_server", type=click.Choice(SERVERS), help="What this server would make of it, and no other."
+)
+@click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def verify(src: str, *, quiet: bool, as_json: bool, **options: object) -> None:
+    """Check the checkpoint in SRC: files, names, shapes, values, and whether configs and tensors agree.
+
+    Every problem says what servers would make of it. Exit 1 when one is an error.
+    """
+    from fp4conv.commands.verify import verify as run
+
+    with Bar("verify", quiet) as bar:
+        found = run(src, on_start=bar.start, on_bytes=bar.advance, **options)  # type: ignore[arg-type]
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from fp4conv.report.verify_view import verify_view
+
+        print_view(verify_view(found))
+    if not found.ok:
+        sys.exit(1)

@@ -1,0 +1,115 @@
+"""What a check found, as a value with a JSON form, and the same problems folded for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from fp4conv.checks.judge import Problem
+from fp4conv.faults import Severity
+from fp4conv.model import JSON
+from fp4conv.servers import Verdict
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`tensors`: stored ones; `quantised`: weights in a block format. `hints`: round-trip hints lie beside.
+
+    `bytes_read`: block scales and dense values. `servers`: what each does with a sound checkpoint of this kind.
+    `for_server`: problems are as they are for it.
+    `known_type`: every tensor and shape is known from config.json; else layers were compared with one another.
+    """
+
+    source: str
+    problems: tuple[Problem, ...]
+    warnings: tuple[str, ...]
+    format: str = "unknown"
+    layout: str = "unknown"
+    family: str = "unknown"
+    tensors: int = 0
+    quantised: int = 0
+    bytes_read: int = 0
+    hints: bool = False
+    servers: tuple[Verdict, ...] = ()
+    known_type: bool = False
+    for_server: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem is an error."""
+        return not any(problem.severity is Severity.ERROR for problem in self.problems)
+
+    def to_json(self) -> dict[str, JSON]:
+        return {
+            "ok": self.ok,
+            "source": self.source,
+            "format": self.format,
+            "layout": self.layout,
+            "family": self.family,
+            "tensors": self.tensors,
+            "quantised": self.quantised,
+            "bytes_read": self.bytes_read,
+            "problems": [_problem_json(problem) for problem in self.problems],
+            "servers": [asdict(verdict) for verdict in self.servers],
+            "warnings": list(self.warnings),
+        }
+
+
+def _problem_json(problem: Problem) -> dict[str, JSON]:
+    held: dict[str, JSON] = {
+        "severity": problem.severity.value,
+        "kind": problem.kind,
+        "tensor": problem.tensor,
+        "file": problem.file,
+        "found": problem.found,
+        "expected": problem.expected,
+        "consequence": problem.consequence,
+        "server": problem.server,
+        "remedy": problem.remedy,
+        "servers": [asdict(each) for each in problem.readings],
+    }
+    return held
+
+
+@dataclass(frozen=True)
+class Group:
+    """Problems that differ in layers and experts alone: the first, and how many there are."""
+
+    first: Problem
+    count: int
+    where: str
+
+
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.|$)")
+_FIGURES = re.compile(r"[0-9][0-9.,e+-]*")
+
+
+def grouped(problems: Sequence[Problem]) -> tuple[Group, ...]:
+    """One line for a fault that repeats over layers and experts; figures in what was found do not matter."""
+    groups: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in problems:
+        name = problem.tensor or problem.file or ""
+        alike = (_NUMBER.sub("*", name), _FIGURES.sub("*", problem.found), _FIGURES.sub("*", problem.expected))
+        key = (problem.severity, problem.kind, problem.server, problem.consequence, *alike)
+        groups.setdefault(key, []).append(problem)
+    return tuple(Group(members[0], len(members), _where(members)) for members in groups.values())
+
+
+def _where(members: Sequence[Problem]) -> str:
+    """'model.layers.{0..35}.mlp.down_proj.weight_scale' of problems that share a line."""
+    names = [problem.tensor or problem.file or "" for problem in members]
+    if len(set(names)) == 1:
+        return names[0]
+    numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
+    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
+    return _NUMBER.sub(lambda _: next(spans), names[0])
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    if last - first + 1 == len(numbers):
+        return f"{{{first}..{last}}}"
+    return "{" + ",".join(map(str, numbers[:3])) + (",..}" if len(numbers) > 3 else "}")
