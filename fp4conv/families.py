@@ -195,6 +195,16 @@ def role_of(module: str, layers: int | None = None) -> Role:
     return next((role for role, pattern in ROLES if pattern.search(module)), Role.OTHER)
 
 
+# The number of a decoder or encoder layer in a dotted name.
+_ANY_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d{1,6})(?:\.|$)")
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module lies in; None for what lies in none."""
+    found = _ANY_LAYER.search(module)
+    return int(found[1]) if found else None
+
+
 def shared_set_of(module: str) -> str | None:
     """The name of the set that `module` shares a tensor scale with, or None: 'parent.{q_proj,k_proj,v_proj}'."""
     parent, _, leaf = module.rpartition(".")

@@ -250,9 +250,9 @@ def huge(folder: Path, tensors: int = 1) -> Path:
 def test_inspect_and_dry_run_read_headers_only(tmp_path: Path) -> None:
     """230 GB of shards in well under a second, in a folder where nothing is written."""
     source = huge(tmp_path / "src", tensors=40)
-    fp4conv.inspect(source)
+    fp4conv.inspect(source, headers_only=True)
     started = time.perf_counter()
-    found = fp4conv.inspect(source)
+    found = fp4conv.inspect(source, headers_only=True)
     assert time.perf_counter() - started < 0.5
     assert found.bytes > 230e9
     arguments = ["convert", str(source), str(tmp_path / "dst"), "--to", "nvfp4", "--dry-run"]
@@ -278,7 +278,7 @@ def test_inspect_imports_no_compiler(reference: Reference) -> None:
     """Looking at headers is quick because nothing heavy is loaded for it."""
     code = (
         "import sys; from fp4conv.cli import main\n"
-        f"try: main(['inspect', {str(reference('gptoss-mxfp4'))!r}])\n"
+        f"try: main(['inspect', {str(reference('gptoss-mxfp4'))!r}, '--headers-only'])\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = {'numba', 'torch', 'llvmlite', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"

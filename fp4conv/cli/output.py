@@ -59,16 +59,14 @@ class Meter:
         self._close: Callable[[], None] = lambda: None
 
     def plan(self, plan: Plan) -> None:
+        self.start(plan.bytes_read, f"to {plan.target}")
+
+    def start(self, total: int, what: str) -> None:
+        """Show the bar: `total` bytes are to be read."""
         from tqdm import tqdm
 
         announce_kernels(self._quiet)
-        bar = tqdm(
-            total=plan.bytes_read,
-            unit="B",
-            unit_scale=True,
-            desc=f"to {plan.target}",
-            disable=True if self._quiet else None,
-        )
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=True if self._quiet else None)
 
         def start_at(nbytes: int) -> None:
             bar.initial = bar.n = bar.lastprint_view_n = nbytes  # so that it is no part of the rate

@@ -158,3 +158,15 @@ def check_measure(
     _check("scales", scales, (n, blocks), codes_kn, np.uint8)
     _check_sums(n, signal, noise)
     return n, k, length
+
+
+def check_compare(
+    x: npt.NDArray[np.generic], reference: npt.NDArray[np.generic], kn: bool, sums: F64
+) -> tuple[int, int]:
+    """Assert that the arrays of a comparison fit together; returns (N, K)."""
+    n, k = logical(x.shape, kn)
+    for name, array in (("x", x), ("reference", reference)):
+        _check(name, array, (n, k), kn, np.uint16, np.float32, np.float64)
+    assert sums.dtype == np.float64, f"sums have dtype {sums.dtype}"
+    assert sums.shape == (4, n), f"sums have shape {sums.shape}, expected {(4, n)}"
+    return n, k

@@ -204,7 +204,7 @@ def _transcode(bench: Bench, unit: Unit, progress: Progress, scratch: Scratch) -
         between = scratch.array("f32", (unit.n1 - unit.n0, weight.k), "F32")
         decode(bench, unit, Rows(between), scratch)  # type: ignore[arg-type]
         return _encode(bench, unit, Rows(between), progress, scratch)  # type: ignore[arg-type]
-    source, tally = codes_in(bench, unit, scratch), _tally(progress, unit)
+    source, tally = codes_in(bench.reader, unit, scratch), _tally(progress, unit)
     outputs, codes = codes_out(step, unit, scratch)
     lossy = compiled.transcode_mxfp4_nvfp4(
         source.packed,

@@ -72,10 +72,10 @@ def decode(bench: Bench, unit: Unit, out: Rows, scratch: Scratch) -> Codes | Non
     weight = weight_of(unit.step)
     value, codes = weight.base, None
     if isinstance(value, BlockScaled):
-        bad = _decode_tiles(bench, unit, value, out, scratch)
+        bad = decode_tiles(bench.reader, unit, out, scratch)
     else:
         assert isinstance(value, Decoded)
-        codes, scale = codes_in(bench, unit, scratch), stored_tensor_scale(bench.reader, value)
+        codes, scale = codes_in(bench.reader, unit, scratch), stored_tensor_scale(bench.reader, value)
         bad = codec_named(value.format_name).decode(codes, scale, out, inverse=value.inverse)
     if bad >= 0:
         kind = "BF16" if out.array.dtype == np.uint16 else "F32"
@@ -106,22 +106,25 @@ def _refuse_negative_scales(weight: Weight, unit: Unit, codes: Codes) -> None:
     )
 
 
-def _decode_tiles(bench: Bench, unit: Unit, value: BlockScaled, out: Rows, scratch: Scratch) -> int:
-    """FP8: the unit's rows, and the rows of scales that cover them."""
+def decode_tiles(reader: Reader, unit: Unit, out: Rows, scratch: Scratch) -> int:
+    """FP8: decode the unit's rows by the rows of scales that cover them; see `fp8.decode`."""
+    value = weight_of(unit.step).base
+    assert isinstance(value, BlockScaled)
     assert not out.kn, "a linear layer's rows are rows everywhere"
-    codes = read_rows(bench.reader, value.values, False, unit, scratch, part=PACKED)
+    codes = read_rows(reader, value.values, False, unit, scratch, part=PACKED)
     columns, dtype = value.scale.spec.shape[1], value.scale.spec.dtype
     first, count = fp8.tile_rows(unit.n0, unit.n1 - unit.n0, value.block[0])
     scales = scratch.array("tiles", (count, columns), dtype)
-    bench.reader.read_into(value.scale.file, value.scale.offset + first * columns * DTYPE_BYTES[dtype], scales)
+    reader.read_into(value.scale.file, value.scale.offset + first * columns * DTYPE_BYTES[dtype], scales)
     return fp8.decode(codes.view(np.uint8), fp8.Tiles(scales, dtype, unit.n0, value.block), out.array)
 
 
-def codes_in(bench: Bench, unit: Unit, scratch: Scratch) -> Codes:
+def codes_in(reader: Reader, unit: Unit, scratch: Scratch) -> Codes:
+    """The unit's rows of a four-bit weight as they lie on disk."""
     value = weight_of(unit.step).base
     assert isinstance(value, Decoded)
-    packed = read_rows(bench.reader, value.packed, value.kn, unit, scratch, part=PACKED)
-    scale = read_rows(bench.reader, value.block_scale, value.kn, unit, scratch, part=BLOCK_SCALE)
+    packed = read_rows(reader, value.packed, value.kn, unit, scratch, part=PACKED)
+    scale = read_rows(reader, value.block_scale, value.kn, unit, scratch, part=BLOCK_SCALE)
     return Codes(packed, scale, value.kn)  # type: ignore[arg-type]  # both are bytes, whatever dtype names them
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from fp4conv.families import layer_of, module_of
 from fp4conv.model import JSON, Decoded, Model
 
 
 @dataclass(frozen=True)
 class ErrorFacts:
-    """How far values are from those of a reference, in float64 over every value.
+    """How far values are from those of a reference, in float64 over every pair that is finite on both sides.
 
     `signal`, `noise`: sums of squares of the reference and of the difference; `dot`, `power`: sum of the products with
     the reference, and of the squares of the values themselves. Figures of several tensors add up.
     `max_rel_error`: largest |difference| / |reference| over values that are not zero in the reference.
+    `values` are those counted, `left_out` those that are NaN or Inf on a side. `differ`: how many values are not the
+    same number, of all; -0.0 is 0.0, and NaN is NaN.
     """
 
     values: int
@@ -26,6 +30,8 @@ class ErrorFacts:
     power: float
     max_abs_error: float
     max_rel_error: float
+    differ: int = 0
+    left_out: int = 0
 
     @property
     def sqnr_db(self) -> float:
@@ -44,7 +50,35 @@ class ErrorFacts:
         if not self.noise:
             return 1.0
         scale = math.sqrt(self.signal) * math.sqrt(self.power)
-        return self.dot / scale if scale else 0.0
+        return min(1.0, max(-1.0, self.dot / scale)) if scale else 0.0
+
+    def to_json(self) -> dict[str, JSON]:
+        """dB and the rest; what is infinite (nothing differs, or no signal) is null."""
+        return {
+            "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
+            "mse": self.mse,
+            "max_abs_error": self.max_abs_error,
+            "max_rel_error": self.max_rel_error,
+            "cosine": self.cosine,
+            "differ": self.differ,
+            "left_out": self.left_out,
+        }
+
+
+def add_errors(errors: Iterable[ErrorFacts]) -> ErrorFacts:
+    """The figures of several tensors as those of one; in any order the same."""
+    known = list(errors)
+    return ErrorFacts(
+        values=sum(e.values for e in known),
+        signal=math.fsum(e.signal for e in known),
+        noise=math.fsum(e.noise for e in known),
+        dot=math.fsum(e.dot for e in known),
+        power=math.fsum(e.power for e in known),
+        max_abs_error=max((e.max_abs_error for e in known), default=0.0),
+        max_rel_error=max((e.max_rel_error for e in known), default=0.0),
+        differ=sum(e.differ for e in known),
+        left_out=sum(e.left_out for e in known),
+    )
 
 
 @dataclass(frozen=True)
@@ -59,10 +93,13 @@ class Estimate:
 @dataclass(frozen=True)
 class ValueFacts:
     """What the values of one tensor are. `smallest`, `largest`: over finite values, None where there are none.
+    `zeros`, `nan`: values that are zero, and that are NaN or Inf.
 
     For block formats: `codes` counts each of the 16 codes; `scales` has (exponent, blocks) for E8M0 and
-    (E4M3 value, blocks) for NVFP4, rising; `saturated` counts blocks with a code of magnitude 6, `unused_range` those
-    with values but none of magnitude 4 or 6: half the scale would have held them.
+    (E4M3 value, blocks) for NVFP4, rising, without NaN; `zero_blocks` counts blocks of nothing but zero codes,
+    `saturated` those with a code of magnitude 6, `unused_range` those with values but none of magnitude 4 or 6: half
+    the scale would have held them. `nan_scales`, `negative_scales`: blocks under such a scale, counted in none of these
+    three; `dead_blocks`: with codes that are not zero under a scale that makes them zero.
     """
 
     smallest: float | None
@@ -76,6 +113,57 @@ class ValueFacts:
     codes: tuple[int, ...] = ()
     scales: tuple[tuple[float, int], ...] = ()
     tensor_scale: float | None = None
+    nan_scales: int = 0
+    negative_scales: int = 0
+    dead_blocks: int = 0
+
+    def to_json(self) -> dict[str, JSON]:
+        facts: dict[str, JSON] = {
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "zeros": self.zeros,
+            "nan": self.nan,
+        }
+        if not self.codes:
+            return facts
+        scale = self.tensor_scale
+        return facts | {
+            "blocks": self.blocks,
+            "zero_blocks": self.zero_blocks,
+            "saturated": self.saturated,
+            "unused_range": self.unused_range,
+            "nan_scales": self.nan_scales,
+            "negative_scales": self.negative_scales,
+            "dead_blocks": self.dead_blocks,
+            "code_histogram": list(self.codes),
+            "scale_histogram": [[value, count] for value, count in self.scales],
+            "tensor_scale": scale if scale is None or math.isfinite(scale) else None,
+        }
+
+
+def add_values(facts: Iterable[ValueFacts]) -> ValueFacts:
+    """The figures of several tensors of one format as those of one; `tensor_scale` where they share it."""
+    known = list(facts)
+    scales: Counter[float] = Counter()
+    for each in known:
+        scales.update(dict(each.scales))
+    shared = {each.tensor_scale for each in known}
+    return ValueFacts(
+        smallest=min((each.smallest for each in known if each.smallest is not None), default=None),
+        largest=max((each.largest for each in known if each.largest is not None), default=None),
+        zeros=sum(each.zeros for each in known),
+        nan=sum(each.nan for each in known),
+        blocks=sum(each.blocks for each in known),
+        zero_blocks=sum(each.zero_blocks for each in known),
+        saturated=sum(each.saturated for each in known),
+        unused_range=sum(each.unused_range for each in known),
+        codes=tuple(map(sum, zip(*(each.codes for each in known if each.codes), strict=True))),
+        scales=tuple(sorted(scales.items())),
+        tensor_scale=shared.pop() if len(shared) == 1 else None,
+        nan_scales=sum(each.nan_scales for each in known),
+        negative_scales=sum(each.negative_scales for each in known),
+        dead_blocks=sum(each.dead_blocks for each in known),
+    )
 
 
 @dataclass(frozen=True)
@@ -100,9 +188,39 @@ class TensorFacts:
     error: ErrorFacts | None = None
     estimates: tuple[Estimate, ...] = ()
 
+    def to_json(self) -> dict[str, JSON]:
+        facts: dict[str, JSON] = {
+            "name": self.name,
+            "format": self.format,
+            "shape": list(self.shape),
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "role": self.role,
+            "layer": self.layer,
+            "kind": self.kind,
+            "file": self.file,
+        }
+        if self.values is not None:
+            facts |= self.values.to_json()
+        if self.error is not None:
+            facts |= self.error.to_json()
+        if self.estimates:
+            facts["estimates"] = _estimates_json(self.estimates)
+        return facts
+
+
+def _estimates_json(estimates: Iterable[Estimate]) -> list[JSON]:
+    return [{"format": each.format, "rule": each.rule, **each.error.to_json()} for each in estimates]
+
 
 @dataclass(frozen=True)
 class Inspected:
+    """A checkpoint. `reference`: what its values were compared with.
+
+    `only_in_source`, `only_in_reference`: names that the other side lacks. `shapes_apart`: (name, shape here, shape
+    there) of tensors that both have in other shapes. `without_estimate`: for which formats there is none, and why.
+    """
+
     source: str
     format: str
     layout: str
@@ -111,24 +229,44 @@ class Inspected:
     bytes: int
     tensors: tuple[TensorFacts, ...]
     warnings: tuple[str, ...]
+    reference: str | None = None
+    only_in_source: tuple[str, ...] = ()
+    only_in_reference: tuple[str, ...] = ()
+    shapes_apart: tuple[tuple[str, str, str], ...] = ()
+    without_estimate: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
 
+    @property
+    def error(self) -> ErrorFacts | None:
+        """Over all tensors that were compared; None where none was."""
+        return error_of(self.tensors)
+
+    @property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """Over all tensors that a conversion would quantise, a format and rule each."""
+        return estimates_of(self.tensors)
+
     def to_json(self) -> dict[str, JSON]:
-        tensors: list[JSON] = [
-            {
-                "name": t.name,
-                "format": t.format,
-                "shape": list(t.shape),
-                "bytes": t.bytes,
-                "bits_per_weight": t.bits_per_weight,
-                "role": t.role,
-                "file": t.file,
+        compared: dict[str, JSON] = {}
+        if self.reference is not None:
+            compared = {
+                "reference": self.reference,
+                "only_in_source": list(self.only_in_source),
+                "only_in_reference": list(self.only_in_reference),
+                "shapes_apart": [list(each) for each in self.shapes_apart],
             }
-            for t in self.tensors
-        ]
+        if self.error is not None:
+            compared["total"] = self.error.to_json()
+            compared["layers"] = [
+                {"layer": layer, **error.to_json()}
+                for layer, members in by_layer(self.tensors)
+                if (error := error_of(members)) is not None
+            ]
+        if self.estimates:
+            compared["estimates"] = _estimates_json(self.estimates)
         return {
             "source": self.source,
             "format": self.format,
@@ -137,9 +275,34 @@ class Inspected:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "bits_per_weight": self.bits_per_weight,
-            "tensors": tensors,
+            **compared,
+            "without_estimate": list(self.without_estimate),
+            "tensors": [facts.to_json() for facts in self.tensors],
             "warnings": list(self.warnings),
         }
+
+
+def error_of(tensors: Iterable[TensorFacts]) -> ErrorFacts | None:
+    """The error over all of `tensors` that were compared; None where none was."""
+    known = [facts.error for facts in tensors if facts.error is not None]
+    return add_errors(known) if known else None
+
+
+def estimates_of(tensors: Iterable[TensorFacts]) -> tuple[Estimate, ...]:
+    """The estimates of all of `tensors` added up, a format and rule each."""
+    found: dict[tuple[str, str], list[ErrorFacts]] = {}
+    for facts in tensors:
+        for each in facts.estimates:
+            found.setdefault((each.format, each.rule), []).append(each.error)
+    return tuple(Estimate(name, rule, add_errors(errors)) for (name, rule), errors in found.items())
+
+
+def by_layer(tensors: Iterable[TensorFacts]) -> list[tuple[int | None, list[TensorFacts]]]:
+    """The tensors of each layer in its order, those of none last."""
+    found: dict[int | None, list[TensorFacts]] = {}
+    for facts in tensors:
+        found.setdefault(facts.layer, []).append(facts)
+    return sorted(found.items(), key=lambda item: (item[0] is None, item[0] or 0))
 
 
 def describe(model: Model) -> Inspected:
@@ -154,6 +317,8 @@ def describe(model: Model) -> Inspected:
             bits_per_weight=8 * weight.nbytes / weight.elements if weight.elements else 0.0,
             role=weight.role.value,
             file=weight.value.refs[0].file,
+            layer=layer_of(weight.module),
+            kind=_kind(weight.name),
         )
         for weight in model.weights
     )
@@ -174,6 +339,12 @@ def _format_name(name: str, block: int) -> str:
     return f"{name} (block {block})" if (name, block) == ("nvfp4", 32) else name
 
 
+def _kind(name: str) -> str:
+    """'q_proj' of 'model.layers.0.self_attn.q_proj.weight'; the last part that is no number."""
+    parts = [part for part in module_of(name).split(".") if part and not part.isdigit()]
+    return parts[-1] if parts else name
+
+
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
@@ -191,7 +362,18 @@ def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
     numbers = [[int(n) for n in _NUMBER.findall(facts.name)] for facts in members]
     spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
     name = _NUMBER.sub(lambda _: next(spans), members[0].name)
-    return replace(members[0], name=name, bytes=sum(facts.bytes for facts in members), count=len(members))
+    values = [facts.values for facts in members if facts.values is not None]
+    layers = {facts.layer for facts in members}
+    return replace(
+        members[0],
+        name=name,
+        bytes=sum(facts.bytes for facts in members),
+        count=len(members),
+        layer=layers.pop() if len(layers) == 1 else None,
+        values=add_values(values) if values else None,
+        error=error_of(members),
+        estimates=estimates_of(members),
+    )
 
 
 def _span(numbers: Sequence[int]) -> str:
