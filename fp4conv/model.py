@@ -33,13 +33,47 @@ class SourceFile(Protocol):
     def weights(self) -> bool: ...
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """Size of a file on the Hub, and the SHA-256 of its bytes where the Hub knows it (large files)."""
+
+    nbytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A folder of a repository on the Hub at one commit.
+
+    `revision`: the branch, tag or commit that was asked for. `folder` is '' or a path without slashes at its ends.
+    `files`: name within the folder -> what the Hub says of it.
+    """
+
+    repo: str
+    commit: str
+    revision: str
+    folder: str
+    files: Mapping[str, RemoteFile]
+
+    @property
+    def asked(self) -> str:
+        """What was asked for: repository@revision."""
+        return f"{self.repo}@{self.revision}"
+
+    def path(self, name: str) -> str:
+        """The file's path in the repository."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+
 class Source(Protocol):
-    """A checkpoint to read from: a local folder now, a Hub repository alike."""
+    """A checkpoint to read from: a local folder, or a repository on the Hub, which then is `pinned` to a commit."""
 
     @property
     def name(self) -> str: ...
     @property
     def root(self) -> Path: ...
+    @property
+    def pinned(self) -> Pinned | None: ...
     @property
     def tensors(self) -> Mapping[str, TensorRef]: ...
     @property
@@ -145,12 +179,16 @@ class LoraMerged:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was merged. `trained`: its folder has the state of quantisation-aware training."""
+    """An adapter that was merged. `trained`: its folder has the state of quantisation-aware training.
+
+    `pinned`: where on the Hub its files are, which then have to be under `root` before they are read.
+    """
 
     name: str
     root: Path
     fingerprint: str
     trained: bool
+    pinned: Pinned | None = None
 
 
 @dataclass(frozen=True)
@@ -268,6 +306,12 @@ class Model:
             if isinstance(weight.base, Stored) and weight.base.ref.spec.dtype in sizes:
                 sizes[weight.base.ref.spec.dtype] += weight.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Repository@revision -> commit, of the source and of adapters that come from the Hub."""
+        places = (self.source.pinned, *(adapter.pinned for adapter in self.adapters))
+        return {place.asked: place.commit for place in places if place is not None}
 
     @property
     def parameters(self) -> int:

@@ -137,14 +137,19 @@ def resident_bytes(plan: Plan) -> int:
     return plan.disk_bytes - sum(plan.shards[name].nbytes for name in going)
 
 
-def smallest_disk(plan: Plan, source_bytes: Mapping[str, int]) -> int:
-    """The least room in bytes in which the plan can be run when files go as soon as nothing needs them."""
+def smallest_disk(plan: Plan, source_bytes: Mapping[str, int], *, result_stays: bool = False) -> int:
+    """The least room in bytes in which the plan can be run when files go as soon as nothing needs them.
+
+    `result_stays`: those of the source go, those of the result do not.
+    """
     first: dict[Piece, int] = {}
     last: dict[Piece, int] = {}
     for number, moment in enumerate(moments(plan.steps)):
         for piece in pieces_of(plan, moment, source_bytes):
             first.setdefault(piece, number)
             last[piece] = number
+    if result_stays:
+        last |= {piece: number for piece in first if piece.side is Side.RESULT}
     change: dict[int, int] = {}
     for piece, number in first.items():
         change[number] = change.get(number, 0) + piece.nbytes
@@ -156,9 +161,9 @@ def smallest_disk(plan: Plan, source_bytes: Mapping[str, int]) -> int:
     return most + resident_bytes(plan)
 
 
-def disk_bound(plan: Plan, source_bytes: Mapping[str, int], asked: int | None) -> int:
+def disk_bound(plan: Plan, source_bytes: Mapping[str, int], asked: int | None, *, result_stays: bool = False) -> int:
     """The bound to keep to: what was asked for, or twice the least. PlanError where that is too little."""
-    least = smallest_disk(plan, source_bytes)
+    least = smallest_disk(plan, source_bytes, result_stays=result_stays)
     if asked is None:
         return 2 * least
     if asked < least:

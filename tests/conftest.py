@@ -7,10 +7,11 @@ ones, the same tests run on those.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import Hub, serve, turn_client
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 REFERENCE_VARIABLE = "FP4CONV_REFERENCE"
@@ -30,6 +31,14 @@ def reference() -> Callable[[str], Path]:
         return _existing(FIXTURES if root is None else root, name)
 
     return find
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on loopback, with this process's client turned to it and logged in as its owner; the cache is empty."""
+    with serve(tmp_path / "hub-content") as hub:
+        turn_client(monkeypatch, hub, tmp_path / "hub-cache", "hf_owner")
+        yield hub
 
 
 @pytest.fixture(scope="session")

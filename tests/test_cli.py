@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoints import noise, read_raw, tree, write_model
 from click.testing import CliRunner, Result
+from hub_server import Hub
 
 import fp4conv
 from fp4conv.cli import main
@@ -92,8 +93,11 @@ def test_every_command_has_examples() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in examples() if "demo" not in line])
-def test_examples_run(reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+def test_examples_run(
+    hub: Hub, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
     monkeypatch.chdir(tmp_path)
+    hub.add("openai/gpt-oss-20b", reference("gptoss-mxfp4"))
     (tmp_path / "gpt-oss-20b").symlink_to(reference("gptoss-mxfp4"))
     (tmp_path / "my-llama").symlink_to(reference("llama-bf16"))
     (tmp_path / "my-llama-nvfp4").symlink_to(reference("llama-nvfp4-default"))
@@ -181,7 +185,7 @@ def test_dry_run_writes_nothing_and_foretells_the_sizes(
     for key in ("bytes_written", "bytes_read", "tensors", "layout", "format", "servers", "warnings"):
         assert planned[key] == done[key], key
     foretold = ("shards", "disk_needed_bytes", "disk_free_bytes", "memory_bound_bytes")
-    assert set(planned) == {*done, *foretold}
+    assert set(planned) == {*done, *foretold, "download"}
     shards = {path.name: path.stat().st_size for path in (tmp_path / "dst").glob("*.safetensors")}
     assert planned["shards"] == [{"file": file, "bytes": nbytes} for file, nbytes in sorted(shards.items())]
     needed, free, bound = (planned[key] for key in foretold[1:])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import PART_BYTES, Fault, Hub, serve, turn_client
+from hub_server import PART_BYTES, Fault, Hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,13 +18,6 @@ from huggingface_hub.errors import (
 
 LARGE = bytes(range(256)) * 2000
 FILES = {"config.json": b"{}", "model.safetensors": LARGE, "sub/model.safetensors": b"x" * 100}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve(tmp_path / "content") as hub:
-        turn_client(monkeypatch, hub, tmp_path / "cache", "hf_owner")
-        yield hub
 
 
 def test_facts_of_a_repository(hub: Hub) -> None:

@@ -137,7 +137,7 @@ def test_openai_original_folder_has_no_index(tmp_path: Path) -> None:
 
 def test_metadata_of_all_files(checkpoint: Path) -> None:
     safetensors.numpy.save_file({"c": np.zeros(1)}, checkpoint / "model-00002-of-00002.safetensors", {"format": "pt"})
-    assert open_source(checkpoint).metadata == {"format": "pt"}
+    assert LocalSource(checkpoint).metadata == {"format": "pt"}
 
 
 def test_adapter_is_opened_by_its_own_door(tmp_path: Path) -> None:
@@ -328,21 +328,16 @@ def test_not_a_folder(checkpoint: Path, tmp_path: Path) -> None:
     assert str(checkpoint) in str(error.hint)
     error = refusal(tmp_path / "nowhere" / "deep" / "er")
     assert "no such folder" in error.what
-    assert "not supported yet" not in str(error)
+    assert "repository on the Hub" in str(error.hint)
     assert "NUL" in refusal("a\0b").what
 
 
-@pytest.mark.parametrize(
-    "text", ["openai/gpt-oss-20b", "openai/gpt-oss-20b@main", "hf://openai/gpt-oss-20b@refs/pr/1/original"]
-)
-def test_hub_ids_are_said_to_be_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_folder_wins_over_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "Hub ids are not supported yet" in str(refusal(text).hint)
     folder = tmp_path / "openai" / "gpt-oss-20b"
     folder.mkdir(parents=True)
     shard(folder / "model.safetensors", "a")
-    if text == "openai/gpt-oss-20b":
-        assert list(open_source(text).tensors) == ["a"]  # a folder wins over a Hub id
+    assert list(open_source("openai/gpt-oss-20b").tensors) == ["a"]
 
 
 # ---- links

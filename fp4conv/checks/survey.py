@@ -13,10 +13,10 @@ from pathlib import Path
 from fp4conv.errors import SourceError
 from fp4conv.families import module_of, natural_key
 from fp4conv.faults import Found, Kind
-from fp4conv.model import JSON
+from fp4conv.model import JSON, Pinned
 from fp4conv.safetensors_io import Reader, TensorRef, read_header
 from fp4conv.sources.listing import INDEX_SUFFIX, SUFFIX, FileEntry, list_files, parse_object
-from fp4conv.sources.local import SMALL_FILE_BYTES
+from fp4conv.sources.local import SMALL_FILE_BYTES, LocalFolder
 from fp4conv.sources.weights import ADAPTER, choose_weights
 
 _CONFIGS = ("config.json", "hf_quant_config.json")
@@ -41,6 +41,7 @@ class Survey:
     lost: frozenset[str] = frozenset()
     partial: bool = False
     warnings: tuple[str, ...] = ()
+    pinned: Pinned | None = None
 
     def json(self, name: str) -> dict[str, JSON] | None:
         """The JSON object in file `name`; None where there is none, or none that can be read."""
@@ -158,7 +159,9 @@ def _chosen(
                 faults.append(Found(Kind.MISSING_SHARD, found, "the file", file=file))
         return [file for file in named if file in shards]
     try:
-        return list(choose_weights(root, [entry for entry in top if not entry.name.endswith(INDEX_SUFFIX)]).files)
+        return list(
+            choose_weights(LocalFolder(root), [entry for entry in top if not entry.name.endswith(INDEX_SUFFIX)]).files
+        )
     except SourceError as error:
         weights = [file for file in shards if file != ADAPTER]
         kind = Kind.MISSING_SHARD if weights else Kind.NOT_A_CHECKPOINT

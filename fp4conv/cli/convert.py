@@ -17,7 +17,7 @@ _RULES = [rule.value for rule in ScaleRule]
 
 @click.command(
     epilog=epilog(
-        "fp4conv convert gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
+        "fp4conv convert openai/gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
         "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run",
         "fp4conv convert my-llama my-llama-tuned --to bf16 --lora my-llama-lora",
     )
@@ -84,12 +84,25 @@ _RULES = [rule.value for rule in ScaleRule]
     default=True,
     help="Keep nothing in fp4conv/ for a way back to the byte, and use nothing that is there.",
 )
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="SRC is on the Hub: keep no copy of it; each file goes when nothing needs it any longer.",
+)
+@click.option(
+    "--max-disk",
+    metavar="SIZE",
+    help="With --stream: the most that SRC and DST take on the disk together. --dry-run says the least that works.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace DST; the old one stays until the new one is whole.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def convert(src: str, dst: str, **options: object) -> None:
     """Convert the checkpoint in SRC into DST, shard by shard, within a fixed memory.
+
+    SRC is a folder, or a repository on the Hub: org/name, org/name@revision, hf://org/name/folder. Its files are
+    downloaded while others are converted.
 
     A run that was stopped goes on when the same command is given again.
     """
@@ -110,6 +123,7 @@ def run(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **opti
             on_plan=meter.plan,
             on_bytes=meter.advance,
             on_resume=meter.resume,
+            on_fetch=meter.fetched,
             **options,  # type: ignore[arg-type]
         )
     if as_json:
@@ -123,14 +137,17 @@ def run(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **opti
 
 def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, object]) -> None:
     from fp4conv.commands import convert as command
+    from fp4conv.commands.fetching import Fetching
     from fp4conv.plan import peak_bytes
     from fp4conv.report.terminal import plan_view
 
     started = time.monotonic()
     threads, memory = command.resources(options.pop("workers"), options.pop("max_memory"))  # type: ignore[arg-type]
-    overwrite = bool(options.pop("overwrite"))
+    overwrite, stream = bool(options.pop("overwrite")), bool(options.pop("stream"))
+    max_disk: str | None = options.pop("max_disk")  # type: ignore[assignment]
     plan = command.plan_conversion(src, **options)  # type: ignore[arg-type]
     bound = peak_bytes(plan, memory, threads)
+    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk)
     command.check_destination(
         plan,
         dst,
@@ -139,8 +156,10 @@ def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, 
         hints=bool(options["hints"]),
         overwrite=overwrite,
     )
+    result = command.dry_run_result(plan, dst, time.monotonic() - started, bound, fetching)
     if as_json:
-        print_json(command.dry_run_result(plan, dst, time.monotonic() - started, bound).to_json())
+        print_json(result.to_json())
         return
-    print_view(plan_view(plan, free_bytes=command.free_bytes(dst), peak_bytes=bound))
+    assert result.forecast is not None, "a dry run has one"
+    print_view(plan_view(plan, forecast=result.forecast))
     warn(plan.warnings, quiet)

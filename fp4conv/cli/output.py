@@ -13,6 +13,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from fp4conv.commands.fetching import Fetching
     from fp4conv.plan import Plan
 
 
@@ -50,32 +51,48 @@ def announce_kernels(quiet: bool) -> None:
 
 
 class Meter:
-    """A progress bar on stderr, in bytes of the source; silent where stderr is no terminal, and with --quiet."""
+    """Progress on stderr, in bytes of the source; silent where stderr is no terminal, and with --quiet.
+
+    One bar for what is converted and, where the source is on the Hub, one above it for what has come down.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._advance: Callable[[int], object] = lambda _: None
         self._start_at: Callable[[int], object] = lambda _: None
+        self._fetch: Callable[[int], object] = lambda _: None
         self._close: Callable[[], None] = lambda: None
 
-    def plan(self, plan: Plan) -> None:
-        self.start(plan.bytes_read, f"to {plan.target}")
+    def plan(self, plan: Plan, fetching: Fetching) -> None:
+        self.start(plan.bytes_read, f"to {plan.target}", download=fetching.total_bytes)
 
-    def start(self, total: int, what: str) -> None:
-        """Show the bar: `total` bytes are to be read."""
+    def start(self, total: int, what: str, *, download: int = 0) -> None:
+        """Show the bar: `total` bytes are to be read; and above it one for `download` bytes from the Hub."""
         from tqdm import tqdm
 
         announce_kernels(self._quiet)
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=True if self._quiet else None)
+        look = {"unit": "B", "unit_scale": True, "disable": True if self._quiet else None}
+        above = tqdm(total=download, desc="download", position=0, **look) if download else None
+        bar = tqdm(total=total, desc=what, position=1 if above is not None else 0, **look)
 
         def start_at(nbytes: int) -> None:
             bar.initial = bar.n = bar.lastprint_view_n = nbytes  # so that it is no part of the rate
             bar.refresh()
 
-        self._advance, self._start_at, self._close = bar.update, start_at, bar.close
+        def close() -> None:
+            bar.close()
+            if above is not None:
+                above.close()
+
+        self._advance, self._start_at, self._close = bar.update, start_at, close
+        if above is not None:
+            self._fetch = above.update
 
     def advance(self, nbytes: int) -> None:
         self._advance(nbytes)
+
+    def fetched(self, nbytes: int) -> None:
+        self._fetch(nbytes)
 
     def resume(self, nbytes: int) -> None:
         self._start_at(nbytes)

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
+from fp4conv.commands.fetching import Fetching
 from fp4conv.errors import UsageError
 from fp4conv.formats import MergeRounding, ScaleRule, Ties
 from fp4conv.hints.values import BESIDE
@@ -31,7 +32,7 @@ from fp4conv.selection import Selection
 from fp4conv.servers import SERVERS
 from fp4conv.sizes import parse_size
 from fp4conv.sources import open_adapter, open_source
-from fp4conv.staging import Staging, check, stage
+from fp4conv.staging import Staging, check, pins_of, stage
 from fp4conv.staging.places import Places, check_apart, nearest_existing
 from fp4conv.training_rules import taken_as
 
@@ -79,17 +80,21 @@ def convert(
     merge_rounding: MergeRounding | str | None = None,
     hints: bool = True,
     overwrite: bool = False,
+    stream: bool = False,
+    max_disk: int | str | None = None,
     command: str | None = None,
-    on_plan: Callable[[Plan], None] | None = None,
+    on_plan: Callable[[Plan, Fetching], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
+    on_fetch: Callable[[int], None] | None = None,
 ) -> ConvertResult:
-    """Convert the checkpoint in folder `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in `destination`.
+    """Convert the checkpoint in `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in folder `destination`.
 
-    The arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
+    `source` is a folder or a repository on the Hub ('org/name', 'org/name@revision', 'hf://org/name/folder'). The
+    arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
     `on_bytes` the bytes of the source as they are done, `on_resume` (or else `on_bytes`) first those that an earlier
-    run has done. Memory stays within `max_memory`. A run that was stopped goes on when called again with the same
-    arguments. Raises the errors of fp4conv.errors.
+    run has done, `on_fetch` the bytes that come from the Hub. Memory stays within `max_memory`. A run that was stopped
+    goes on when called again with the same arguments. Raises the errors of fp4conv.errors.
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)
@@ -109,29 +114,46 @@ def convert(
         merge_rounding=merge_rounding,
         hints=hints,
     )
-    plan = settle(plan_conversion(source, **options), repair=repair, hints=hints)
+    typed = command or _command_line(source, destination, options)
+    pins = pins_of(Path(destination), typed if overwrite else None)
+    plan = settle(plan_conversion(source, **options, pins=pins), repair=repair, hints=hints)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
+    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk)
     if on_plan:
-        on_plan(plan)
+        on_plan(plan, fetching)
     # Compiled kernels: only a run pays for them.
     from fp4conv.pipeline.hint_files import check_hints, hint_bytes, write_hints
     from fp4conv.pipeline.run import run, whole_already
-
-    check_hints(plan)
+    from fp4conv.pipeline.supply import bring_adapters, bring_hints, remove_source
 
     for adapter in plan.model.adapters:
         check_apart(Places.of(Path(destination)), adapter.root)
     with stage(
         Path(destination),
         fingerprint=plan.fingerprint,
-        command=command or _command_line(source, destination, options),
-        nbytes=plan.disk_bytes,
+        command=typed,
+        pins=plan.model.pins,
+        nbytes=fetching.disk_bytes(Path(destination)),
         source_root=plan.model.source.root,
         overwrite=overwrite,
     ) as out:
         outcome = whole_already(plan, out)
         if outcome is None:
-            outcome = run(plan, out, max_memory=memory, workers=threads, progress=on_bytes, resumed=on_resume)
+            bring_adapters(plan)
+            if fetching.limit is None:
+                bring_hints(plan)
+            check_hints(plan)
+            outcome = run(
+                plan,
+                out,
+                max_memory=memory,
+                workers=threads,
+                progress=on_bytes,
+                resumed=on_resume,
+                supply=fetching.supply(out, on_fetch),
+                max_disk=fetching.limit,
+            )
+            remove_source(out)
             write_files(plan, out)
             write_hints(plan, out, outcome.results)
         noted = hint_bytes(plan, out)
@@ -157,8 +179,12 @@ def plan_conversion(
     lora: Sequence[str | Path] = (),
     merge_rounding: MergeRounding | str | None = None,
     hints: bool = True,
+    pins: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan of a conversion, from headers and configs alone: `repair` acts when scales are read (`settle`)."""
+    """The plan of a conversion, from headers and configs alone: `repair` acts when scales are read (`settle`).
+
+    `pins`: the commits that an earlier run of it began with, by repository@revision.
+    """
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     options = Options(
@@ -173,15 +199,20 @@ def plan_conversion(
         repair=repair,
         hints=hints,
     )
-    return make_plan(_parse(source, lora, merge_rounding), options)
+    return make_plan(_parse(source, lora, merge_rounding, pins or {}), options)
 
 
-def _parse(source: str | Path, lora: Sequence[str | Path], merge_rounding: MergeRounding | str | None) -> Model:
+def _parse(
+    source: str | Path,
+    lora: Sequence[str | Path],
+    merge_rounding: MergeRounding | str | None,
+    pins: Mapping[str, str],
+) -> Model:
     """The source as a model, with the adapters merged."""
-    model = parse(open_source(source))
+    model = parse(open_source(source, pins))
     rounding = None if merge_rounding is None else _choice(MergeRounding, merge_rounding, "--merge-rounding")
     if lora:
-        return merge(model, [open_adapter(adapter) for adapter in lora], rounding)
+        return merge(model, [open_adapter(adapter, pins) for adapter in lora], rounding)
     if rounding is not None:
         raise UsageError("--merge-rounding says how adapters are merged, but there is no --lora")
     return model
@@ -202,13 +233,16 @@ def check_destination(
     )
 
 
-def dry_run_result(plan: Plan, destination: str | Path, seconds: float, memory_bound_bytes: int) -> ConvertResult:
+def dry_run_result(
+    plan: Plan, destination: str | Path, seconds: float, memory_bound_bytes: int, fetching: Fetching
+) -> ConvertResult:
     """What `convert` would report of `plan`, with nothing measured."""
     forecast = Forecast(
         {name: shard.nbytes for name, shard in plan.shards.items() if not name.startswith(BESIDE)},
-        plan.disk_bytes,
+        fetching.disk_bytes(Path(destination)),
         free_bytes(destination),
         memory_bound_bytes,
+        fetching.forecast(),
     )
     hints = planned_hints(plan)
     return _result(plan, str(destination), seconds, {}, hints, bytes_read=plan.bytes_read, forecast=forecast)
@@ -374,6 +408,7 @@ def _result(
         hints=hints,
         servers=plan.servers,
         warnings=(*plan.warnings, *_measured_warnings(measured, forward), *hints.warnings),
+        commits=plan.model.pins,
         forecast=forecast,
     )
 

@@ -14,7 +14,7 @@ from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.layouts import parse
 from fp4conv.model import Decoded, Model
 from fp4conv.report.facts import Inspected, TensorFacts, describe
-from fp4conv.sources import open_source
+from fp4conv.sources import bring_weights, open_source
 
 if TYPE_CHECKING:
     from fp4conv.pipeline.measuring import Measured
@@ -55,6 +55,9 @@ def inspect(
 
         formats = _formats(model, estimate, compares=reference is not None)
         against = parse(open_source(reference)) if reference is not None else None
+        for source_model in (model, against) if names is None else ():
+            if source_model is not None:
+                bring_weights(source_model.source)
         measured = measure(
             model,
             reference=against,

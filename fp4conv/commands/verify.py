@@ -17,7 +17,7 @@ from fp4conv.model import Model
 from fp4conv.readings import Checkpoint
 from fp4conv.report.verified import Verified
 from fp4conv.servers import SERVERS, verdicts
-from fp4conv.sources.local import existing_folder
+from fp4conv.sources import folder_of
 
 _BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model
 _CHUNK_BYTES = 16_000_000
@@ -40,7 +40,7 @@ def verify(
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     threads, memory = resources(workers, max_memory)
-    found = survey(existing_folder(source), str(source))
+    found = survey(folder_of(source), str(source))
     if not found.tensors:
         return _result(found, None, list(found.faults), for_server, 0)
     checked = check_structure(found, lost=found.lost, partial=found.partial)

@@ -22,7 +22,7 @@ from fp4conv.layouts.openai import OpenAI
 from fp4conv.layouts.openai_config import from_openai, to_openai
 from fp4conv.layouts.parts import PACKED, Part, dense_part
 from fp4conv.layouts.quant_config import MODEL_CONFIG
-from fp4conv.model import JSON, Source, SourceFile, Weight
+from fp4conv.model import JSON, Pinned, Source, SourceFile, Weight
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef, TensorSpec
 
 # Hugging Face's name -> OpenAI's; {n} is the layer.
@@ -121,6 +121,10 @@ class _Renamed:
     @property
     def root(self) -> Path:
         return self.source.root
+
+    @property
+    def pinned(self) -> Pinned | None:
+        return self.source.pinned
 
     @property
     def files(self) -> tuple[SourceFile, ...]:

@@ -46,7 +46,7 @@ def merge(model: Model, adapters: Sequence[Source], rounding: MergeRounding | No
     return replace(
         model,
         weights=tuple(weights[weight.name] for weight in model.weights),
-        adapters=tuple(Adapter(a.name, a.root, a.fingerprint(), is_trained(a)) for a in adapters),
+        adapters=tuple(Adapter(a.name, a.root, a.fingerprint(), is_trained(a), a.pinned) for a in adapters),
         warnings=(*model.warnings, *dict.fromkeys(notes)),
     )
 

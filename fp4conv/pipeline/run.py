@@ -32,6 +32,7 @@ from fp4conv.pipeline.scalars import scale_of
 from fp4conv.pipeline.scales import Scan
 from fp4conv.pipeline.settle import reciprocal, turned_over
 from fp4conv.pipeline.shelf import Shelf
+from fp4conv.pipeline.supply import Supply
 from fp4conv.plan import (
     Output,
     Plan,
@@ -89,28 +90,30 @@ def run(
     progress: Told | None = None,
     resumed: Told | None = None,
     taker: Taker | None = None,
+    supply: Supply | None = None,
     max_disk: int | None = None,
 ) -> Outcome:
     """Write every shard of `plan` into `out`. `progress` is called with bytes of the source as they are done.
 
     `resumed` is called once with those that an earlier run has done; where it is None, `progress` is. `taker` gets
-    each shard when it is whole. With `max_disk`, no more bytes lie on the disk at any time; the caller has checked that
-    this is enough (`streaming.smallest_disk`).
+    each shard when it is whole. `supply` brings the source's files, where they are not here. With `max_disk`, no more
+    bytes lie on the disk at any time; the caller has checked that this is enough (`streaming.smallest_disk`).
     On any error, or Ctrl-C, what is done is journalled before the exception goes on.
     """
     budget = block_budget(max_memory, workers, reserved_bytes(plan, workers))
     with ExitStack() as stack:
-        reader = stack.enter_context(plan.model.source.reader())
+        reader = stack.enter_context(supply.reader() if supply else plan.model.source.reader())
+        brought = supply.source_bytes if supply else {}
         out.start()
         sent = frozenset(taker.sent if taker else ())
         log = HintLog(out.path(LOG)) if plan.kept else None
         if log is not None:
             stack.callback(log.close)
         out.forget(_lost_steps(plan, out, log, sent))
-        holding = Holding(plan, bound=max_disk, finished=out.finished, sent=sent)
+        holding = Holding(plan, source_bytes=brought, bound=max_disk, finished=out.finished, sent=sent)
         if _drop_unadmitted(plan, out, holding, sent):
             out.forget(_lost_steps(plan, out, log, sent))
-            holding = Holding(plan, bound=max_disk, finished=out.finished, sent=sent)
+            holding = Holding(plan, source_bytes=brought, bound=max_disk, finished=out.finished, sent=sent)
         finished = out.finished
         if log is not None:
             log.go_on_after(run for payload in finished.values() for run in runs_from(payload.get("runs")))
@@ -119,8 +122,11 @@ def run(
             shelf.open_all()
         bench = Bench(plan, reader, shelf, Factors(reader, 2 * plan.factor_bytes), {}, log)
         tell = progress or (lambda _: None)
-        runner = _Runner(bench, out, budget=budget, progress=tell, holding=holding, taker=taker)
+        runner = _Runner(bench, out, budget=budget, progress=tell, holding=holding, taker=taker, supply=supply)
         runner.take_over(finished, resumed)
+        if supply is not None:
+            stack.callback(supply.stop)
+            supply.start(holding)
         runner.run(workers)
         return _outcome(runner.results, runner.scales, runner.bytes_read)
 
@@ -184,7 +190,15 @@ def _lost_steps(plan: Plan, out: Staging, log: HintLog | None, sent: frozenset[s
 
 class _Runner:
     def __init__(
-        self, bench: Bench, out: Staging, *, budget: int, progress: Told, holding: Holding, taker: Taker | None
+        self,
+        bench: Bench,
+        out: Staging,
+        *,
+        budget: int,
+        progress: Told,
+        holding: Holding,
+        taker: Taker | None,
+        supply: Supply | None,
     ) -> None:
         self._bench = bench
         self._out = out
@@ -192,6 +206,7 @@ class _Runner:
         self._advance = progress
         self._holding = holding
         self._taker = taker
+        self._supply = supply
         self._scans: dict[str, Scan] = {}
         self._states: dict[str, Progress] = {}
         self._lock = threading.Lock()
@@ -251,6 +266,8 @@ class _Runner:
                     thread.join(0.05)
                 if self._taker is not None:
                     self._taker.check()
+                if self._supply is not None:
+                    self._supply.check()
                 starved = self._holding.bounded and self._holding.has_ended  # others may wait for its room
                 if starved or time.monotonic() - last >= CHECKPOINT_SECONDS:
                     self._checkpoint()
@@ -271,7 +288,11 @@ class _Runner:
         syncs = self._bench.writers.syncs()
         self._out.checkpoint(*syncs, *([self._bench.log.sync] if self._bench.log else []))
         for piece in ended:
-            if piece.side is Side.RESULT:
+            if piece.side is Side.SOURCE:
+                assert self._supply is not None, "nobody else brings files"
+                self._supply.drop(piece.name)
+                self._holding.free(piece)
+            else:
                 self._bench.writers.close(piece.name)
                 if self._taker is not None:
                     self._taker.take(piece.name, partial(self._holding.free, piece))

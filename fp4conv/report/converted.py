@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from fp4conv.model import JSON
 from fp4conv.report.hints import HintsResult
@@ -21,13 +21,27 @@ class ForwardDifference:
 
 
 @dataclass(frozen=True)
+class DownloadForecast:
+    """What comes from the Hub and what the cache has of it; --max-disk: the smallest that works, and the one given."""
+
+    download_bytes: int
+    cached_bytes: int
+    least_max_disk_bytes: int
+    max_disk_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """What a dry run says of the result: bytes of each shard, disk and memory that the run takes at the most."""
+    """What a dry run says of the result: bytes of each shard, disk and memory that the run takes at the most.
+
+    `disk_needed_bytes` counts what a download takes of the same disk meanwhile.
+    """
 
     shards: Mapping[str, int]
     disk_needed_bytes: int
     disk_free_bytes: int
     memory_bound_bytes: int
+    download: DownloadForecast | None = None
 
     def to_json(self) -> dict[str, JSON]:
         return {
@@ -35,6 +49,7 @@ class Forecast:
             "disk_needed_bytes": self.disk_needed_bytes,
             "disk_free_bytes": self.disk_free_bytes,
             "memory_bound_bytes": self.memory_bound_bytes,
+            "download": asdict(self.download) if self.download else None,
         }
 
 
@@ -47,7 +62,7 @@ class ConvertResult:
     quantised. `lossy_blocks`: 16-value blocks of an MXFP4 source that NVFP4 could not hold exactly. `merged`: every
     tensor that adapters changed, with the norm of the change relative to that of the tensor before, None where it
     was replaced or not measured. `beside_sqnr_db`: of quantised linear layers whose adapter was trained beside them
-    (LoRA-QAT), against Q(W) + B A.
+    (LoRA-QAT), against Q(W) + B A. `commits`: repository@revision -> commit, of all that came from the Hub.
     """
 
     source: str
@@ -70,6 +85,7 @@ class ConvertResult:
     hints: HintsResult
     servers: tuple[Verdict, ...]
     warnings: tuple[str, ...]
+    commits: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
 
     def to_json(self) -> dict[str, JSON]:
@@ -93,6 +109,7 @@ class ConvertResult:
             "hints": self.hints.to_json(),
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
+            "commits": dict(self.commits),
             "dry_run": self.forecast is not None,
             **(self.forecast.to_json() if self.forecast else {}),
         }

@@ -16,7 +16,7 @@ from fp4conv.families import EXCLUDED
 from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Action, Plan
-from fp4conv.report.converted import ConvertResult
+from fp4conv.report.converted import ConvertResult, DownloadForecast, Forecast
 from fp4conv.report.facts import Inspected, TensorFacts
 from fp4conv.report.hints import HintsResult, part_bytes
 from fp4conv.servers import Verdict
@@ -52,7 +52,7 @@ def grid(*alignments: str) -> Table:
     return table
 
 
-def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType:
+def plan_view(plan: Plan, *, forecast: Forecast) -> RenderableType:
     """The plan of a dry run: tensors by action, sizes, shards, disk, memory, servers."""
     counts = Counter((step.action, step.target) for step in plan.model_steps)
     written: Counter[tuple[Action, str]] = Counter()
@@ -70,18 +70,38 @@ def plan_view(plan: Plan, *, free_bytes: int, peak_bytes: int) -> RenderableType
     count = sum(not name.startswith(BESIDE) for name in plan.shards)
     shards = f"{count:,} shard{'s' if count > 1 else ''}"
     facts.add_row("source", f"{model.source.name}  ({kind})")
+    if model.source.pinned is not None:
+        facts.add_row("commit", model.source.pinned.commit)
     facts.add_row("target", f"{plan.target}, {plan.layout} layout{rule}")
     facts.add_row("reads", format_size(plan.bytes_read) + twice)
     facts.add_row("writes", f"{format_size(plan.total_bytes)} in {shards} and {len(plan.files)} small files")
     if words := _kept_words(plan):
         facts.add_row("hints", words)
-    disk = Text(f"needs {format_size(plan.disk_bytes)}, {format_size(free_bytes)} free")
-    if plan.disk_bytes > free_bytes:
+    if forecast.download is not None:
+        facts.add_row("download", _download_words(forecast.download))
+        facts.add_row("stream", _stream_words(forecast.download))
+    needed, free = forecast.disk_needed_bytes, forecast.disk_free_bytes
+    disk = Text(f"needs {format_size(needed)}, {format_size(free)} free")
+    if needed > free:
         disk.append(": not enough", style="bold red")
     facts.add_row("disk", disk)
-    facts.add_row("memory", f"at most {format_size(peak_bytes)}")
+    facts.add_row("memory", f"at most {format_size(forecast.memory_bound_bytes)}")
     choice = _choice_view(plan) if plan.target in BLOCK_FORMATS else []
     return Group(facts, Text(), Text("tensors"), actions, Text(), *choice, *servers_view(plan.servers))
+
+
+def _download_words(download: DownloadForecast) -> str:
+    """What comes down, and what is here."""
+    here = f", {format_size(download.cached_bytes)} are in the cache" if download.cached_bytes else ""
+    return f"{format_size(download.download_bytes)}{here}"
+
+
+def _stream_words(download: DownloadForecast) -> str:
+    """The bound of --stream, or what it could be: source and result together."""
+    least = f"{-(-download.least_max_disk_bytes // 1_000_000)}MB"
+    if download.max_disk_bytes is None:
+        return f"with --stream, --max-disk {least} is enough for source and result"
+    return f"source and result take at most {format_size(download.max_disk_bytes)}; the least is --max-disk {least}"
 
 
 def _choice_view(plan: Plan) -> list[RenderableType]:
@@ -183,6 +203,8 @@ def convert_view(result: ConvertResult) -> RenderableType:
     """What a conversion did: where, how large, how fast, what it cost, and which servers load it."""
     facts = grid("<", "<")
     facts.add_row("source", f"{result.source}  (taken as {result.source_format})")
+    for asked, commit in result.commits.items():
+        facts.add_row("commit", f"{commit} of {asked}")
     facts.add_row("written", f"{result.destination}  ({result.format}, {result.layout} layout)")
     facts.add_row("tensors", f"{result.converted:,} converted, {result.copied:,} copied")
     if result.merged:

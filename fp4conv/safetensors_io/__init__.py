@@ -6,10 +6,11 @@ Owns the file format and positional I/O on it. It refuses to own what a tensor m
 
 from __future__ import annotations
 
-from fp4conv.safetensors_io.files import MAX_OPEN_FILES, Buffer, Reader, Writer, header_at, read_header
+from fp4conv.safetensors_io.files import MAX_OPEN_FILES, Buffer, Reader, Writer, as_bytes, header_at, read_header
 from fp4conv.safetensors_io.header import (
     DTYPE_BYTES,
     MAX_HEADER_BYTES,
+    PREFIX_BYTES,
     PT_METADATA,
     Header,
     ShardLayout,
@@ -26,6 +27,7 @@ __all__ = [
     "DTYPE_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_OPEN_FILES",
+    "PREFIX_BYTES",
     "PT_METADATA",
     "Buffer",
     "Header",
@@ -34,6 +36,7 @@ __all__ = [
     "TensorRef",
     "TensorSpec",
     "Writer",
+    "as_bytes",
     "header_at",
     "header_bytes",
     "is_text",

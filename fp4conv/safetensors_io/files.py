@@ -40,7 +40,7 @@ def read_header(path: Path, file: str | None = None) -> Header:
         raise SourceError(f"cannot be read: {error.strerror}", where=file) from error
 
 
-def _as_bytes(buffer: Buffer) -> memoryview:
+def as_bytes(buffer: Buffer) -> memoryview:
     """The bytes of a C-contiguous buffer, without a copy."""
     if isinstance(buffer, np.ndarray):
         assert buffer.flags.c_contiguous, "I/O needs a contiguous array"
@@ -59,7 +59,7 @@ class Reader:
     """Positional reads from the files of one folder; safe to share between threads.
 
     Files are opened when first read, at most `MAX_OPEN_FILES` that nobody is reading stay open. Names are
-    joined to `root` as they are: whoever made them has checked them.
+    joined to `root` as they are: whoever made them has checked them. A subclass may find files elsewhere.
     """
 
     def __init__(self, root: Path) -> None:
@@ -79,9 +79,13 @@ class Reader:
                 os.close(held.descriptor)
             self._open.clear()
 
+    def find(self, file: str) -> Path:
+        """Where `file` lies."""
+        return self._root / file
+
     def read_into(self, file: str, offset: int, buffer: Buffer) -> None:
         """Fill `buffer` with the bytes of `file` from `offset`; SourceError when the file ends before."""
-        target = _as_bytes(buffer)
+        target = as_bytes(buffer)
         with self._descriptor(file) as descriptor:
             self._fill(descriptor, file, offset, target)
 
@@ -89,7 +93,7 @@ class Reader:
         self, file: str, offset: int, buffer: Buffer, *, row_bytes: int, row_stride: int, rows: int
     ) -> None:
         """Fill `buffer` with `rows` runs of `row_bytes` bytes, whose starts lie `row_stride` bytes apart in `file`."""
-        target = _as_bytes(buffer)
+        target = as_bytes(buffer)
         assert target.nbytes == rows * row_bytes, "the buffer must hold the rows and no more"
         with self._descriptor(file) as descriptor:
             if row_bytes == row_stride:
@@ -111,13 +115,24 @@ class Reader:
                 raise SourceError(f"{found}: it changed while it was read", where=file, hint=DOWNLOAD_AGAIN)
             done += count
 
+    def is_open(self, file: str) -> bool:
+        with self._lock:
+            return file in self._open
+
+    def forget(self, file: str) -> None:
+        """Close `file`, which is about to be removed, unless somebody is reading it."""
+        with self._lock:
+            held = self._open.get(file)
+            if held is not None and held.users == 0:
+                os.close(self._open.pop(file).descriptor)
+
     @contextmanager
     def _descriptor(self, file: str) -> Iterator[int]:
         with self._lock:
             held = self._open.get(file)
             if held is None:
                 try:
-                    held = _OpenFile(os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC))
+                    held = _OpenFile(os.open(self.find(file), os.O_RDONLY | os.O_CLOEXEC))
                 except OSError as error:
                     raise SourceError(f"cannot be opened: {error.strerror}", where=file) from error
                 self._open[file] = held
@@ -183,7 +198,7 @@ class Writer:
 
     def write(self, offset: int, buffer: Buffer) -> None:
         """Put `buffer` at byte `offset`."""
-        source = _as_bytes(buffer)
+        source = as_bytes(buffer)
         assert offset >= 0, "a write before the file"
         assert offset + source.nbytes <= self._nbytes, "a write beyond the planned size"
         done = 0
@@ -195,7 +210,7 @@ class Writer:
 
     def write_strided(self, offset: int, buffer: Buffer, *, row_bytes: int, row_stride: int, rows: int) -> None:
         """Put the `rows` runs of `row_bytes` bytes in `buffer` at starts that lie `row_stride` bytes apart."""
-        source = _as_bytes(buffer)
+        source = as_bytes(buffer)
         assert source.nbytes == rows * row_bytes, "the buffer must hold the rows and no more"
         if row_bytes == row_stride:
             self.write(offset, source)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fp4conv.errors import SourceError
 from fp4conv.families import module_of
-from fp4conv.model import JSON
+from fp4conv.model import JSON, Pinned
 from fp4conv.safetensors_io import Header, Reader, TensorRef, read_header
-from fp4conv.sources.listing import FileEntry, list_files, parse_object
+from fp4conv.sources.listing import SUFFIX, FileEntry, list_files, parse_object
 from fp4conv.sources.weights import ADAPTER, WeightFiles, choose_weights, compare_index
 
 SMALL_FILE_BYTES = 64 * 2**20  # the largest tokenizers take about half of that
-_HUB_ID = re.compile(r"(hf://)?[\w.-]+/[\w.-]+(@[\w./-]+)?(/[\w./-]+)?")
 
 
 class LocalSource:
@@ -33,16 +32,17 @@ class LocalSource:
         listing = list_files(root)
         listed = listing.files
         top = [entry for entry in listed if "/" not in entry.name]
-        chosen = choose_weights(root, top) if weight_files is None else WeightFiles(tuple(weight_files))
+        chosen = choose_weights(LocalFolder(root), top) if weight_files is None else WeightFiles(tuple(weight_files))
         self.files = tuple(
             FileEntry(entry.name, entry.nbytes, entry.mtime_ns, entry.name in chosen.files) for entry in listed
         )
         for file in chosen.files:
             self._entry(file)
         self._headers = {file: read_header(root / file, file) for file in chosen.files}
-        self.tensors: Mapping[str, TensorRef] = _collect(self._headers)
+        self.tensors: Mapping[str, TensorRef] = collect(self._headers)
         self.folders = listing.folders
         self.warnings = (*listing.warnings, *chosen.warnings, *compare_index(chosen, self.tensors))
+        self.pinned: Pinned | None = None
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -92,22 +92,30 @@ class LocalSource:
         raise SourceError("no such file in the folder", where=f"{self.name}: {name}")
 
 
-def open_source(text: str | Path) -> LocalSource:
-    """Open the checkpoint in folder `text`: reads directory entries, headers and the index, no tensor."""
-    root = existing_folder(text)
-    return LocalSource(root, name=str(text))
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of this machine as `choose_weights` looks at it."""
 
+    root: Path
+    incomplete: str = "The download is not complete: download the missing files."
 
-def open_adapter(text: str | Path) -> LocalSource:
-    """Open a peft adapter's folder: the tensors of its adapter_model.safetensors."""
-    root = existing_folder(text)
-    if not (root / ADAPTER).exists():
-        raise SourceError(f"has no {ADAPTER}", where=str(text), hint="Give the folder that peft saved the adapter in.")
-    return LocalSource(root, (ADAPTER,), name=str(text))
+    @property
+    def name(self) -> str:
+        return str(self.root)
+
+    def read(self, file: str) -> bytes:
+        try:
+            return (self.root / file).read_bytes()
+        except OSError as error:
+            raise SourceError(f"cannot be read: {error.strerror}", where=file) from error
+
+    def nested(self) -> Mapping[str, str]:
+        found = [path for path in self.root.glob("*/*" + SUFFIX) if path.name != ADAPTER]
+        return {path.parent.name: str(path.parent) for path in found if not path.parent.name.startswith(".")}
 
 
 def existing_folder(text: str | Path) -> Path:
-    """The folder that `text` names; SourceError where there is none."""
+    """The folder that `text` names, links resolved; SourceError where there is none."""
     root = Path(text)
     where = str(text)
     if "\0" in where:
@@ -121,16 +129,15 @@ def existing_folder(text: str | Path) -> Path:
         return root.resolve()
     if there:
         raise SourceError("is a file, expected a folder", where=where, hint=f"Give the folder: {root.parent}")
-    hint = "Give the folder that has config.json and the safetensors files."
-    if isinstance(text, str) and _HUB_ID.fullmatch(text):
-        hint = (
-            "Hub ids are not supported yet: download the model first, then give its folder:\n"
-            f"  hf download {text.removeprefix('hf://')} --local-dir FOLDER"
-        )
+    hint = (
+        "Give the folder that has config.json and the safetensors files, or a repository on the Hub: "
+        "org/name, org/name@revision, hf://org/name/subfolder"
+    )
     raise SourceError("no such folder", where=where, hint=hint)
 
 
-def _collect(headers: Mapping[str, Header]) -> dict[str, TensorRef]:
+def collect(headers: Mapping[str, Header]) -> dict[str, TensorRef]:
+    """All tensors by name; SourceError where two files have one of the same name."""
     tensors: dict[str, TensorRef] = {}
     for header in headers.values():
         for ref in header.tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 from fp4conv.errors import SourceError
 from fp4conv.families import natural_key
@@ -26,36 +26,51 @@ class WeightFiles:
     warnings: tuple[str, ...] = ()
 
 
-def choose_weights(root: Path, listed: Sequence[FileEntry]) -> WeightFiles:
+class Folder(Protocol):
+    """What the choice looks at: a local folder, or one on the Hub."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def incomplete(self) -> str:
+        """What to do where files are missing."""
+
+    def read(self, file: str) -> bytes:
+        """The bytes of a small file; SourceError where it cannot be read."""
+
+    def nested(self) -> Mapping[str, str]:
+        """Folders inside with weights -> how to give them as a source."""
+
+
+def choose_weights(folder: Folder, listed: Sequence[FileEntry]) -> WeightFiles:
+    """The files to read tensors from; SourceError where there are none, or not all."""
     names = [entry.name for entry in listed]
     shards = [name for name in names if name.endswith(SUFFIX)]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if indexes:
-        return _choose_by_index(root, shards, indexes)
+        return _choose_by_index(folder, shards, indexes)
     if _MODEL in shards:
         return WeightFiles((_MODEL,), warnings=_unread([name for name in shards if name != _MODEL], _MODEL))
     weights = [name for name in shards if name != ADAPTER]
     if not weights:
-        raise _no_weights(root, names)
+        raise _no_weights(folder, names)
     main = [name for name in weights if not name.startswith("consolidated")] or weights
-    _check_numbering(main)
+    _check_numbering(main, folder)
     return WeightFiles(tuple(main))
 
 
-def _choose_by_index(root: Path, shards: Sequence[str], indexes: Sequence[str]) -> WeightFiles:
+def _choose_by_index(folder: Folder, shards: Sequence[str], indexes: Sequence[str]) -> WeightFiles:
     index = _MODEL + ".index.json" if _MODEL + ".index.json" in indexes else indexes[0]
     warnings = [f"{name}: not read, {index} is" for name in indexes if name != index]
     if len(indexes) > 1 and index != _MODEL + ".index.json":
         raise SourceError(
             f"several indexes and none is {_MODEL}.index.json: {', '.join(indexes)}",
-            where=str(root),
+            where=folder.name,
             hint="Leave just the one that names the weights.",
         )
-    try:
-        raw = (root / index).read_bytes()
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", where=index) from error
-    found = parse_object(raw, index).get("weight_map")
+    found = parse_object(folder.read(index), index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise SourceError("its weight_map must map tensor names to shards", where=index, hint="Download it again.")
     weight_map: dict[str, str] = {}
@@ -67,7 +82,7 @@ def _choose_by_index(root: Path, shards: Sequence[str], indexes: Sequence[str]) 
         raise SourceError(
             f"names {len(files)} shards, {len(missing)} are missing: {_some(missing)}",
             where=index,
-            hint="The download is not complete: download the missing files.",
+            hint=folder.incomplete,
         )
     warnings += _unread([name for name in shards if name not in files], index)
     return WeightFiles(tuple(files), index, weight_map, tuple(warnings))
@@ -90,7 +105,7 @@ def _unread(names: Sequence[str], chosen: str) -> tuple[str, ...]:
     return (f"not read, since {chosen} decides what the weights are: {_some(strange)}",) if strange else ()
 
 
-def _check_numbering(names: Sequence[str]) -> None:
+def _check_numbering(names: Sequence[str], folder: Folder) -> None:
     """Without an index only the names can tell that a shard is missing: NUMBER-of-TOTAL, counted from 1 or 0."""
     sets: dict[tuple[str, int], set[int]] = {}
     for name in names:
@@ -106,7 +121,7 @@ def _check_numbering(names: Sequence[str]) -> None:
             raise SourceError(
                 f"of {total} shards {missing} are missing, number {first} for one",
                 where=f"{stem}-*{SUFFIX}",
-                hint="The download is not complete: download the missing files and the index.",
+                hint=folder.incomplete,
             )
 
 
@@ -115,18 +130,16 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + rest
 
 
-def _no_weights(root: Path, names: Sequence[str]) -> SourceError:
-    where = str(root)
+def _no_weights(folder: Folder, names: Sequence[str]) -> SourceError:
+    where = folder.name
     if ADAPTER in names or "adapter_config.json" in names:
         return SourceError(
             "this is a LoRA adapter: it has no model weights of its own",
             where=where,
             hint="Give the base model as the source and the adapter as --lora ADAPTER.",
         )
-    found = [path for path in root.glob("*/*" + SUFFIX) if path.name != ADAPTER]
-    nested = sorted(path.parent.name for path in found if not path.parent.name.startswith("."))
-    if nested:
-        hint = f"The folder {nested[0]} in it has some: give {root / nested[0]}"
+    for inside, source in sorted(folder.nested().items()):
+        hint = f"The folder {inside} in it has some: give {source}"
         return SourceError("there are no safetensors files at the top of the folder", where=where, hint=hint)
     for suffixes, kind, hint in (
         ((".gguf",), "GGUF files, which fp4conv does not read", "Get the safetensors release of the model."),

@@ -14,16 +14,16 @@ says what to do next:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from fp4conv.errors import Fp4convError
-from fp4conv.staging.claim import check, claim
+from fp4conv.staging.claim import check, claim, pins_of
 from fp4conv.staging.journal import JOURNAL_NAME
 from fp4conv.staging.output import Staging
 
-__all__ = ["JOURNAL_NAME", "Staging", "check", "stage"]
+__all__ = ["JOURNAL_NAME", "Staging", "check", "pins_of", "stage"]
 
 
 @contextmanager
@@ -33,12 +33,14 @@ def stage(
     fingerprint: str,
     command: str,
     nbytes: int,
+    pins: Mapping[str, str] | None = None,
     source_root: Path | None = None,
     overwrite: bool = False,
 ) -> Iterator[Staging]:
     """Claim DST.partial for the command with this `fingerprint`; `commit()` makes it `destination`.
 
-    `command` is what a user would type to go on; `nbytes` is the size of the whole output. Before anything is
+    `command` is what a user would type to go on; `nbytes` is the size of the whole output; `pins` are the commits of
+    repositories that it comes from, which `pins_of` tells a later run. Before anything is
     written, raises OutputError (the destination exists, overlaps the source, cannot be made, or does not fit the
     disk) or ResumeError (DST.partial belongs to another command or to a running process).
 
@@ -48,6 +50,7 @@ def stage(
         destination,
         fingerprint=fingerprint,
         command=command,
+        pins=pins or {},
         nbytes=nbytes,
         source_root=source_root,
         overwrite=overwrite,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fp4conv.errors import OutputError, ResumeError
@@ -21,7 +21,14 @@ from fp4conv.staging.places import (
 
 
 def claim(
-    destination: Path, *, fingerprint: str, command: str, nbytes: int, source_root: Path | None, overwrite: bool
+    destination: Path,
+    *,
+    fingerprint: str,
+    command: str,
+    pins: Mapping[str, str],
+    nbytes: int,
+    source_root: Path | None,
+    overwrite: bool,
 ) -> Staging:
     """The staging area for this command: a new one, the one that it left, or a complete one to rename."""
     places = Places.of(destination)
@@ -35,13 +42,28 @@ def claim(
     if journal is None:
         _check_target(places, overwrite)
         check_room(places, nbytes)
-        return _begin(places, fingerprint, command, overwrite)
+        return _begin(places, fingerprint, command, pins, overwrite)
     try:
-        _resume(places, journal, fingerprint=fingerprint, command=command, nbytes=nbytes, overwrite=overwrite)
+        if not _goes_on(places, journal, fingerprint=fingerprint, command=command, nbytes=nbytes, overwrite=overwrite):
+            remove_contents(places.partial, keep=JOURNAL_NAME)
+            journal.begin(fingerprint, command, pins)
     except BaseException:
         journal.close()
         raise
     return Staging(places, journal, root=places.partial, made=(), overwrite=overwrite)
+
+
+def pins_of(destination: Path, command: str | None = None) -> Mapping[str, str]:
+    """The commits that the half-done output of `destination` began with; with `command`, only if it is that one's.
+
+    Empty where there is none, whatever the reason: `claim` will say what is wrong.
+    """
+    try:
+        path = Places.of(destination).partial / JOURNAL_NAME
+        found = _looked_at(path) if path.is_file() else None
+    except OutputError:
+        return {}
+    return found.pins if found is not None and command in (None, found.command) else {}
 
 
 def check(
@@ -126,12 +148,12 @@ def _open_partial(places: Places, *, look: bool = False) -> Journal | None:
     )
 
 
-def _resume(places: Places, journal: Journal, *, fingerprint: str, command: str, nbytes: int, overwrite: bool) -> None:
-    """Leave DST.partial ready to go on with, and an old DST that a killed swap moved away back in its place."""
+def _goes_on(places: Places, journal: Journal, *, fingerprint: str, command: str, nbytes: int, overwrite: bool) -> bool:
+    """Whether DST.partial is this command's; it puts an old DST that a killed swap moved away back in its place."""
     same = journal.fingerprint == fingerprint
     moved = not places.target.exists() and is_inode(places.replaced, journal.replaces)
     if same and moved:
-        return  # killed between the two renames: commit does the second
+        return True  # killed between the two renames: commit does the second
     if moved:
         places.replaced.rename(places.target)
     if journal.fingerprint is not None and not same and not overwrite:
@@ -139,9 +161,7 @@ def _resume(places: Places, journal: Journal, *, fingerprint: str, command: str,
     _check_target(places, overwrite)
     if not journal.complete or not same:
         check_room(places, nbytes)
-    if not same:
-        remove_contents(places.partial, keep=JOURNAL_NAME)
-        journal.begin(fingerprint, command)
+    return same
 
 
 def _refusal(places: Places, journal: Journal, command: str) -> ResumeError:
@@ -170,7 +190,7 @@ def _check_target(places: Places, overwrite: bool, leftover: int | None = None) 
         raise OutputError(found, where=str(places.replaced), hint="Move it away.")
 
 
-def _begin(places: Places, fingerprint: str, command: str, overwrite: bool) -> Staging:
+def _begin(places: Places, fingerprint: str, command: str, pins: Mapping[str, str], overwrite: bool) -> Staging:
     made = make_parents(places)
     try:
         try:
@@ -183,7 +203,7 @@ def _begin(places: Places, fingerprint: str, command: str, overwrite: bool) -> S
             _give_up(places, made)
         raise
     try:
-        journal.begin(fingerprint, command)
+        journal.begin(fingerprint, command, pins)
         sync_folder(places.partial)
         sync_folder(places.target.parent)
     except BaseException as error:

@@ -3,7 +3,7 @@
 Owns one file of JSON lines, locked for as long as it is open. A kill may tear its last line and nothing else, so a
 reader stops at the first line that is not whole. It refuses to own what a step is, and the folder around it.
 
-    {"fp4conv": 1, "fingerprint": ..., "command": ...}    the head, always first
+    {"fp4conv": 1, "fingerprint": ..., "command": ..., "pins": {REPOSITORY@REVISION: COMMIT}}    the head, always first
     {"done": KEY, "payload": {...}}                       one step, its bytes on the disk
     {"complete": true}                                    every file is whole; only the renames are left
     {"replaces": INODE}                                   the folder that is being moved out of the way
@@ -37,17 +37,19 @@ class Journal:
         self._look = look
         self.fingerprint: str | None = None
         self.command = ""
+        self.pins: dict[str, str] = {}
         self.finished: dict[str, dict[str, JSON]] = {}
         self.complete = False
         self.replaces: int | None = None
         self._load()
 
-    def begin(self, fingerprint: str, command: str) -> None:
+    def begin(self, fingerprint: str, command: str, pins: Mapping[str, str]) -> None:
         """Start over with a new head, which is on the disk when this returns."""
         os.ftruncate(self._descriptor, 0)
         self.finished, self.complete, self.replaces = {}, False, None
-        self.fingerprint, self.command = fingerprint, command
-        self._append([{"fp4conv": _VERSION, "fingerprint": fingerprint, "command": command}])
+        self.fingerprint, self.command, self.pins = fingerprint, command, dict(pins)
+        head: dict[str, JSON] = {"fp4conv": _VERSION, "fingerprint": fingerprint, "command": command}
+        self._append([{**head, "pins": dict(pins)}])
 
     def append_done(self, steps: Sequence[tuple[str, Mapping[str, JSON]]]) -> None:
         """Add finished steps; they are on the disk when this returns."""
@@ -56,7 +58,7 @@ class Journal:
     def keep(self, steps: Sequence[tuple[str, Mapping[str, JSON]]]) -> None:
         """Write the journal anew with just these finished steps. A kill in between leaves none, which is safe."""
         assert self.fingerprint is not None, "a journal without a head has no steps"
-        self.begin(self.fingerprint, self.command)
+        self.begin(self.fingerprint, self.command, self.pins)
         self.append_done(steps)
 
     def append_complete(self) -> None:
@@ -104,8 +106,10 @@ class Journal:
         except ValueError:
             return False
         match line:
-            case {"fp4conv": 1, "fingerprint": str(fingerprint), "command": str(command)}:
+            case {"fp4conv": 1, "fingerprint": str(fingerprint), "command": str(command), **rest}:
                 self.fingerprint, self.command = fingerprint, command
+                pins = rest.get("pins")
+                self.pins = {key: str(value) for key, value in pins.items()} if isinstance(pins, dict) else {}
             case {"done": str(key), "payload": dict(payload)} if self.fingerprint is not None:
                 self.finished[key] = payload
             case {"complete": True} if self.fingerprint is not None:

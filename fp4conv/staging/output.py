@@ -58,8 +58,8 @@ class Staging:
         with self._lock:
             self._journal.keep(list(self.finished.items()))
 
-    def checkpoint(self, *syncs: Callable[[], None]) -> None:
-        """Journal the steps recorded so far, after `syncs` have put their bytes on the disk.
+    def checkpoint(self, *syncs: Callable[[], None]) -> tuple[str, ...]:
+        """Journal the steps recorded so far, after `syncs` have put their bytes on the disk; returns their keys.
 
         Steps that other threads record while `syncs` run wait for the next call: their bytes may not be down yet.
         """
@@ -78,6 +78,7 @@ class Staging:
                 where = str(self.root / JOURNAL_NAME)
                 raise OutputError(f"cannot be written: {error.strerror}", where=where) from error
             raise
+        return tuple(key for key, _ in pending)
 
     def path(self, name: str) -> Path:
         """Where file `name` of the output goes; OutputError when that would not be inside the folder."""
