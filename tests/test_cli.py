@@ -100,7 +100,7 @@ def test_examples_run(
     hub.add("openai/gpt-oss-20b", reference("gptoss-mxfp4"))
     (tmp_path / "gpt-oss-20b").symlink_to(reference("gptoss-mxfp4"))
     (tmp_path / "my-llama").symlink_to(reference("llama-bf16"))
-    (tmp_path / "my-llama-nvfp4").symlink_to(reference("llama-nvfp4-default"))
+    (tmp_path / "my-llama-fp4").symlink_to(reference("llama-nvfp4-default"))
     (tmp_path / "my-gpt-oss-lora").symlink_to(reference("gptoss-lora-qat"))
     (tmp_path / "my-llama-lora").symlink_to(reference("lora-variants/llama-patterns/adapter"))
     result = run(*shlex.split(line)[1:])

@@ -12,7 +12,8 @@ from fp4conv.formats import BLOCK_FORMATS
 @click.command(
     epilog=epilog(
         "fp4conv inspect gpt-oss-20b --headers-only",
-        "fp4conv inspect my-llama-nvfp4 --reference my-llama --sort sqnr",
+        "fp4conv inspect my-llama-fp4 --reference my-llama --sort sqnr",
+        "fp4conv inspect my-llama-fp4 --reference my-llama --html my-llama.html",
         "fp4conv inspect my-llama --as nvfp4",
     )
 )
@@ -33,6 +34,7 @@ from fp4conv.formats import BLOCK_FORMATS
     help="Order of the table; sqnr: the worst first.",
 )
 @click.option("--headers-only", is_flag=True, help="Read headers and configs, no values.")
+@click.option("--html", metavar="FILE", help="Write all of it as one page that opens without a network, too.")
 @click.option("--max-memory", default="1GB", metavar="SIZE", show_default=True, help="Bound of resident memory.")
 @click.option("--workers", type=int, help="Threads. Default: the cores of this machine.")
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -45,6 +47,7 @@ def inspect(
     tensor: str | None,
     sort: str,
     headers_only: bool,
+    html: str | None,
     max_memory: str,
     workers: int | None,
     quiet: bool,
@@ -64,11 +67,14 @@ def inspect(
             estimate=estimate or None,
             tensor=tensor,
             headers_only=headers_only,
+            html=html,
             max_memory=max_memory,
             workers=workers,
             on_total=lambda nbytes: meter.start(nbytes, "values"),
             on_bytes=meter.advance,
         )
+    if html is not None and not quiet:
+        click.echo(f"written: {html}", err=True)
     if as_json:
         print_json(found.to_json())
         return

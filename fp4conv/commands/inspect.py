@@ -18,6 +18,7 @@ from fp4conv.sources import bring_weights, open_source
 
 if TYPE_CHECKING:
     from fp4conv.pipeline.measuring import Measured
+    from fp4conv.report.page import PagePlace
 
 
 def inspect(
@@ -27,6 +28,7 @@ def inspect(
     estimate: Sequence[str] | None = None,
     tensor: str | None = None,
     headers_only: bool = False,
+    html: str | Path | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
     on_total: Callable[[int], None] | None = None,
@@ -37,13 +39,16 @@ def inspect(
     `reference`: a checkpoint in any format and layout that has the same tensors; each gets its error against it.
     `estimate`: formats ('mxfp4', 'nvfp4') to which a conversion is tried in memory, by each of their scale rules;
     by default both where nothing is in four bits yet and there is no `reference`. `tensor` is a glob that picks tensors
-    by name: only theirs are read; sizes are those of the whole checkpoint. `headers_only` reads no values. Values are
-    streamed within `max_memory`; no figure depends on it, or on `workers`. `on_total` is told the bytes that will be
-    read before they are, `on_bytes` those that were.
+    by name: only theirs are read; sizes are those of the whole checkpoint. `headers_only` reads no values. `html`: a
+    file to write as a page that shows the result; new or an older page, and outside of the folders that are read.
+    Values are streamed within `max_memory`; no figure depends on it, or on `workers`. `on_total` is told the bytes that
+    will be read before they are, `on_bytes` those that were.
 
-    Raises SourceError for a folder that is no checkpoint, UsageError for a glob that matches nothing.
+    Raises SourceError for a folder that is no checkpoint, UsageError for a glob that matches nothing,
+    OutputError where no page may be written.
     """
     threads, memory = resources(workers, max_memory)
+    page = None if html is None else _page_place(html, source, reference)
     model = parse(open_source(source))
     found = describe(model)
     names = _picked(found, tensor)
@@ -69,7 +74,18 @@ def inspect(
             on_bytes=on_bytes,
         )
         found = _with_values(found, measured, against)
-    return found if names is None else replace(found, tensors=tuple(t for t in found.tensors if t.name in names))
+    if names is not None:
+        found = replace(found, tensors=tuple(facts for facts in found.tensors if facts.name in names))
+    if page is not None:
+        page.write(found)
+    return found
+
+
+def _page_place(html: str | Path, source: str | Path, reference: str | Path | None) -> PagePlace:
+    """Where the page may go, asked before anything is read."""
+    from fp4conv.report.page import PagePlace  # plotly: only who wants a page needs it
+
+    return PagePlace.of(html, source, *(() if reference is None else (reference,)))
 
 
 def _picked(found: Inspected, tensor: str | None) -> frozenset[str] | None:
