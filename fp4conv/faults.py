@@ -76,7 +76,10 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class About:
-    """`consequence`: what comes of it in programs of which nothing more is known. `remedy`: what to do next."""
+    """`consequence`: what comes of it in programs of which nothing more is known. `remedy`: what to do next.
+
+    SRC and FORMAT in a remedy stand for the checkpoint's name and format.
+    """
 
     severity: Severity
     consequence: str
@@ -85,6 +88,8 @@ class About:
 
 _DOWNLOAD = "download or export the checkpoint again"
 _EXPORT = "export it again, or convert it anew from the checkpoint that it was quantised from"
+_REWRITE = "write the configs anew: fp4conv convert SRC DST --to FORMAT (codes stay as they are)"
+_BOTH_FORMS = "have it said in both forms: fp4conv convert SRC DST --to nvfp4"
 _RANDOM = "servers refuse to load, or compute with whatever their memory held"
 _E, _W, _N = Severity.ERROR, Severity.WARNING, Severity.NOTE
 
@@ -105,7 +110,11 @@ ABOUT: Mapping[Kind, About] = {
     Kind.FOREIGN_FORMAT: About(
         _E, "fp4conv does not know this format, so nothing of it was checked", "verify the checkpoint it was made from"
     ),
-    Kind.NO_READER: About(_E, "no server has a reader for it", "convert it: fp4conv convert SRC DST --to ..."),
+    Kind.NO_READER: About(
+        _E,
+        "no server has a reader for it",
+        "convert it: fp4conv convert SRC DST --to mxfp4",
+    ),
     Kind.INCOMPLETE_WEIGHT: About(_E, _RANDOM, _DOWNLOAD),
     Kind.MISSING_TENSOR: About(_E, _RANDOM, _DOWNLOAD),
     Kind.MISSING_EXPERT: About(_E, _RANDOM, _DOWNLOAD),
@@ -123,7 +132,7 @@ ABOUT: Mapping[Kind, About] = {
         _E, "the experts of all other layers are lost; programs fill them with random values", _EXPORT
     ),
     Kind.BLOCK_LENGTH: About(
-        _E, "servers' kernels take blocks of 16", "convert it: fp4conv convert SRC DST --to nvfp4 halves the blocks"
+        _E, "servers' kernels take blocks of 16", "halve the blocks, without loss: fp4conv convert SRC DST --to nvfp4"
     ),
     Kind.NAN_BLOCK_SCALE: About(_E, "every value of the block is NaN, and soon every output", _EXPORT),
     Kind.ZERO_BLOCK_SCALE: About(_E, "the block reads as zeros, though its codes are not", _EXPORT),
@@ -151,53 +160,47 @@ ABOUT: Mapping[Kind, About] = {
     Kind.QUANTISED_BUT_IGNORED: About(
         _E,
         "the server takes a quantised layer for a dense one, and refuses its packed weight",
-        "name modules in full in the ignore lists: fp4conv convert SRC DST writes them so",
+        "name modules in full in the ignore lists, as fp4conv convert SRC DST --to FORMAT does",
     ),
     Kind.DENSE_BUT_NOT_IGNORED: About(
         _E,
         "the server takes a dense layer for a quantised one, and does not find its scales",
-        "name modules in full in the ignore lists: fp4conv convert SRC DST writes them so",
+        "name modules in full in the ignore lists, as fp4conv convert SRC DST --to FORMAT does",
     ),
     Kind.NO_QUANT_CONFIG: About(
         _E,
         "servers take the packed codes for dense weights, and refuse or misread them",
-        "write the configs anew: fp4conv convert SRC DST --to its own format",
+        _REWRITE,
     ),
     Kind.CLAIM_WITHOUT_CODES: About(
         _E, "servers look for scales that are not there", "remove quantization_config, or quantise the model"
     ),
-    Kind.ALGORITHM_DIFFERS: About(
-        _E, "one server reads one file, the next the other", "write both anew: fp4conv convert"
-    ),
-    Kind.WRONG_ALGORITHM: About(_E, "servers choose a reader by it", "write both configs anew: fp4conv convert"),
-    Kind.GROUP_SIZE_MISSING: About(
-        _E, "servers guess the block length, or stop", "write both configs anew: fp4conv convert"
-    ),
+    Kind.ALGORITHM_DIFFERS: About(_E, "one server reads one file, the next the other", _REWRITE),
+    Kind.WRONG_ALGORITHM: About(_E, "servers choose a reader by it", _REWRITE),
+    Kind.GROUP_SIZE_MISSING: About(_E, "servers guess the block length, or stop", _REWRITE),
     Kind.GROUP_SIZE_NESTED: About(
-        _W, "readers of the flat form look for it at the top level", "fp4conv convert writes it there too"
+        _W,
+        "readers of the flat form look for it at the top level",
+        _BOTH_FORMS,
     ),
     Kind.GROUP_SIZE_NESTED_ONLY: About(
         _W,
         "readers of the flat form look for it at the top level, and no other file says it",
-        "fp4conv convert writes it there too",
+        _BOTH_FORMS,
     ),
-    Kind.GROUP_SIZE_DIFFERS: About(
-        _E, "one server reads one file, the next the other", "write both anew: fp4conv convert"
-    ),
-    Kind.GROUP_SIZE_WRONG: About(
-        _E, "servers cut the weights into other blocks than they have", "write both configs anew: fp4conv convert"
-    ),
-    Kind.IGNORE_LISTS_DIFFER: About(
-        _E, "one server reads one file, the next the other", "write both anew: fp4conv convert"
-    ),
-    Kind.KV_CACHE_DIFFERS: About(
-        _W, "one server reads one file, the next the other", "write both anew: fp4conv convert"
-    ),
+    Kind.GROUP_SIZE_DIFFERS: About(_E, "one server reads one file, the next the other", _REWRITE),
+    Kind.GROUP_SIZE_WRONG: About(_E, "servers cut the weights into other blocks than they have", _REWRITE),
+    Kind.IGNORE_LISTS_DIFFER: About(_E, "one server reads one file, the next the other", _REWRITE),
+    Kind.KV_CACHE_DIFFERS: About(_W, "one server reads one file, the next the other", _REWRITE),
     Kind.NESTED_ONLY: About(
-        _W, "newer readers look for the flat form in config.json", "fp4conv convert writes both forms"
+        _W,
+        "newer readers look for the flat form in config.json",
+        _BOTH_FORMS,
     ),
     Kind.NESTED_WEIGHT_ONLY: About(
-        _E, "servers know W4A16_NVFP4 from the flat form in config.json alone", "fp4conv convert writes both forms"
+        _E,
+        "servers know W4A16_NVFP4 from the flat form in config.json alone",
+        _BOTH_FORMS,
     ),
     Kind.WILL_NOT_LOAD: About(_E, "the server does not load this kind of checkpoint", "convert it to another format"),
     Kind.NOT_AS_SOURCE: About(_N, "the conversion was lossy", "that is what four bits cost; see the figures"),

@@ -17,11 +17,15 @@ from click.testing import CliRunner
 from faults import FAULTS, Tensors, edit_json, edit_tensors, fault_named, inside, planted, weight_only
 
 import fp4conv
+from fp4conv.checks.own import BrokenResultError
 from fp4conv.cli import main
+from fp4conv.commands import convert as conversion
 from fp4conv.errors import SourceError
 from fp4conv.faults import ABOUT, Kind, Severity
+from fp4conv.plan import Plan
 from fp4conv.report.verified import Verified, grouped
 from fp4conv.servers import SERVERS
+from fp4conv.staging import Staging
 
 Bytes = npt.NDArray[np.uint8]
 Reference = Callable[[str], Path]
@@ -300,6 +304,31 @@ def test_our_own_output_has_no_problem(
         assert fp4conv.verify(tmp_path / "out", for_server=server).ok is (verdict.outcome in ("loads", "unknown"))
 
 
+def test_a_result_that_is_not_what_was_planned_gets_no_name(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bug is planted: configs are written with another group size than the weights have."""
+    written = conversion.write_files
+
+    def broken(plan: Plan, out: Staging) -> None:
+        written(plan, out)
+        edit_json(out.root, "config.json", lambda model: inside(model, "quantization_config").update(group_size=32))
+
+    monkeypatch.setattr(conversion, "write_files", broken)
+    with pytest.raises(BrokenResultError, match=r"bug in fp4conv.*group_size"):
+        fp4conv.convert(reference("llama-bf16"), tmp_path / "out", to="nvfp4")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").is_dir()
+
+
+@pytest.mark.parametrize("name", ["missing-norm", "wrong-rows", "orphan-tensor"])
+def test_what_the_source_lacks_is_no_bug_of_ours(tmp_path: Path, name: str) -> None:
+    fault = fault_named(name)
+    source = planted(fault, FIXTURES / fault.base, tmp_path / "src")
+    fp4conv.convert(source, tmp_path / "out", to="nvfp4", max_shard_size=150_000)
+    assert EXPECTED[name].kind in kinds(fp4conv.verify(tmp_path / "out"))
+
+
 def test_damaged_hints_are_told(reference: Reference, tmp_path: Path) -> None:
     fp4conv.convert(reference("gptoss-mxfp4-native-like"), tmp_path / "out", to="bf16")
     assert fp4conv.verify(tmp_path / "out").hints
@@ -410,10 +439,13 @@ def test_every_kind_has_its_words() -> None:
 
 
 def test_a_fault_of_many_layers_is_one_line(tmp_path: Path) -> None:
+    """And of many modules, where the same is said of all."""
     folder = planted(fault_named("layer-prefix-ignored"), FIXTURES / "llama-nvfp4-default", tmp_path / "src")
-    groups = grouped(fp4conv.verify(folder).problems)
-    places = {group.where: group.count for group in groups}
-    assert places["model.layers.{10..11}.self_attn.qkv_proj"] == 2
+    errors = [group for group in grouped(fp4conv.verify(folder).problems) if group.first.severity is Severity.ERROR]
+    [group] = errors
+    assert group.count == 8
+    assert "model.layers.{10..11}.self_attn.qkv_proj" in group.places
+    assert len(group.places) == 4
 
 
 def test_the_command(tmp_path: Path) -> None:

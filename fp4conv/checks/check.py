@@ -83,11 +83,13 @@ def _main_dtype(weights: Sequence[Held]) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype], default="BF16").lower()
 
 
-def check_structure(source: Source, *, lost: frozenset[str] = frozenset(), partial: bool = False) -> Checked:
+def check_structure(
+    source: Source, *, lost: frozenset[str] = frozenset(), partial: bool = False, parsed: bool = True
+) -> Checked:
     """Names, shapes, dtypes and configs of `source`; its headers are read, and no tensor.
 
     `lost`: names of tensors that its files should have and that could not be read; `partial`: files could not be
-    read, so that what is missing says nothing.
+    read, so that what is missing says nothing. `parsed`: the conversion's own reader is asked too.
     """
     family = family_of(source.tensors)
     layout = recognised(source).name
@@ -116,7 +118,7 @@ def check_structure(source: Source, *, lost: frozenset[str] = frozenset(), parti
     if layout not in _FOREIGN_LAYOUTS:
         configs = {name: source.json(name) for name in ("config.json", "hf_quant_config.json")}
         faults += agreement_faults(weights, read_claims(configs), layout, whole=not (lost or partial))
-    model, complaint = _parsed(source, blank=not faults and not partial and not lost)
+    model, complaint = _parsed(source, blank=not faults and not partial and not lost) if parsed else (None, [])
     faults += complaint
     return Checked(source, layout, family, weights, config, tuple(faults), model, promise is not None)
 

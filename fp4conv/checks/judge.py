@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fp4conv.faults import ABOUT, Found, Kind, Severity
 from fp4conv.readings import Checkpoint, Consequence, consequences, reading
-from fp4conv.servers import NAMES, SERVERS, Verdict
+from fp4conv.servers import NAMES, SERVERS, VERSIONS, Verdict
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,14 @@ class Problem:
 _ORDER = {Severity.ERROR: 0, Severity.WARNING: 1, Severity.NOTE: 2}
 
 
-def judged(found: Iterable[Found], checkpoint: Checkpoint, server: str | None) -> tuple[Problem, ...]:
-    """The problems, the worst first; with `server`, as they are for it alone."""
-    problems = [problem for fault in found if (problem := _judge(fault, checkpoint, server)) is not None]
+def judged(found: Iterable[Found], checkpoint: Checkpoint, server: str | None, *, source: str) -> tuple[Problem, ...]:
+    """The problems of the checkpoint in `source`, the worst first; with `server`, as they are for it alone."""
+    judgements = (_judge(fault, checkpoint, server) for fault in found)
+    problems = [
+        replace(problem, remedy=problem.remedy.replace("SRC", shlex.quote(source)).replace("FORMAT", checkpoint.format))
+        for problem in judgements
+        if problem is not None
+    ]
     return tuple(sorted(problems, key=lambda problem: _ORDER[problem.severity]))
 
 
@@ -51,9 +57,14 @@ def _judge(fault: Found, checkpoint: Checkpoint, server: str | None) -> Problem 
         own = reading(name, fault.kind, checkpoint, experts=fault.experts)
         readings = (own,) if own else ()
         severity = _for_server(about.severity, own)
-        said = f"{_words(own)} (by itself: {about.consequence})" if own and own.outcome == "loads" else ""
-        consequence = said or (f"{about.consequence}. {_words(own)}" if own else about.consequence)
-        return _problem(fault, severity, consequence, name if own or fault.server else None, readings)
+        whose = name if own or fault.server else None
+        if own is None:
+            consequence = f"{NAMES[name]} {VERSIONS[name]}: {about.consequence}" if whose else about.consequence
+        elif own.outcome == "loads":
+            consequence = f"{_words(own)} (others: {about.consequence})"
+        else:
+            consequence = f"{about.consequence}. {_words(own)}"
+        return _problem(fault, severity, consequence, whose, readings)
     readings = consequences(fault.kind, checkpoint, experts=fault.experts)
     worst = _worst(readings)
     consequence = f"{about.consequence}. {_words(worst)}" if worst else about.consequence

@@ -73,7 +73,7 @@ def survey(root: Path, name: str) -> Survey:
     top = [entry for entry in listing.files if "/" not in entry.name]
     shards = [entry.name for entry in top if entry.name.endswith(SUFFIX)]
     faults: list[Found] = []
-    configs = _read_configs(root, {entry.name for entry in top}, faults)
+    configs = read_configs(root, {entry.name for entry in top}, faults)
     weight_map, index = _read_index(root, [entry.name for entry in top], faults)
     chosen = _chosen(root, top, shards, weight_map, faults)
     tensors = _read_tensors(root, chosen, faults)
@@ -101,7 +101,8 @@ def survey(root: Path, name: str) -> Survey:
     )
 
 
-def _read_configs(root: Path, names: set[str], faults: list[Found]) -> dict[str, dict[str, JSON]]:
+def read_configs(root: Path, names: set[str], faults: list[Found]) -> dict[str, dict[str, JSON]]:
+    """File name -> JSON object of the configs among `names`; what is wrong with them goes to `faults`."""
     found = {}
     for name in _CONFIGS:
         if name not in names:

@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
+from fp4conv.checks.own import check_result
 from fp4conv.commands.fetching import Fetching
 from fp4conv.errors import UsageError
 from fp4conv.formats import MergeRounding, ScaleRule, Ties
@@ -156,6 +157,7 @@ def convert(
             remove_source(out)
             write_files(plan, out)
             write_hints(plan, out, outcome.results)
+        check_result(plan, out.root)
         noted = hint_bytes(plan, out)
         out.commit()
     seconds, hints_found = time.monotonic() - started, hints_result(plan, noted, outcome)

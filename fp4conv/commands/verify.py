@@ -63,9 +63,9 @@ def _hint_faults(model: Model | None) -> list[Found]:
 
 def _result(found: Survey, checked: Checked | None, faults: list[Found], server: str | None, nbytes: int) -> Verified:
     if checked is None:
-        problems = judged(faults, Checkpoint(), server)
+        problems = judged(faults, Checkpoint(), server, source=found.name)
         return Verified(found.name, problems, found.warnings, for_server=server)
-    problems = judged(faults, checked.checkpoint, server)
+    problems = judged(faults, checked.checkpoint, server, source=found.name)
     said = verdicts(checked.artifact)
     if server is not None:
         own = next(verdict for verdict in said if verdict.server == server)

@@ -74,11 +74,11 @@ def _problem_json(problem: Problem) -> dict[str, JSON]:
 
 @dataclass(frozen=True)
 class Group:
-    """Problems that differ in layers and experts alone: the first, and how many there are."""
+    """Problems that share a line: the first, how many there are, and where, folded over layers and experts."""
 
     first: Problem
     count: int
-    where: str
+    places: tuple[str, ...]
 
 
 _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.|$)")
@@ -86,19 +86,35 @@ _FIGURES = re.compile(r"[0-9][0-9.,e+-]*")
 
 
 def grouped(problems: Sequence[Problem]) -> tuple[Group, ...]:
-    """One line for a fault that repeats over layers and experts; figures in what was found do not matter."""
-    groups: dict[tuple[object, ...], list[Problem]] = {}
+    """One line for a fault that repeats over layers, experts and modules.
+
+    Over layers and experts figures in what was found do not matter; over modules it must be the same words.
+    """
+    alike: dict[tuple[object, ...], list[Problem]] = {}
     for problem in problems:
-        name = problem.tensor or problem.file or ""
-        alike = (_NUMBER.sub("*", name), _FIGURES.sub("*", problem.found), _FIGURES.sub("*", problem.expected))
-        key = (problem.severity, problem.kind, problem.server, problem.consequence, *alike)
-        groups.setdefault(key, []).append(problem)
-    return tuple(Group(members[0], len(members), _where(members)) for members in groups.values())
+        masked = (_FIGURES.sub("*", problem.found), _FIGURES.sub("*", problem.expected))
+        alike.setdefault((*_cause(problem), _NUMBER.sub("*", _name(problem)), *masked), []).append(problem)
+    groups: dict[tuple[object, ...], list[list[Problem]]] = {}
+    for members in alike.values():
+        first = members[0]
+        groups.setdefault((*_cause(first), first.found, first.expected), []).append(members)
+    return tuple(
+        Group(parts[0][0], sum(map(len, parts)), tuple(_place(members) for members in parts))
+        for parts in groups.values()
+    )
 
 
-def _where(members: Sequence[Problem]) -> str:
-    """'model.layers.{0..35}.mlp.down_proj.weight_scale' of problems that share a line."""
-    names = [problem.tensor or problem.file or "" for problem in members]
+def _cause(problem: Problem) -> tuple[object, ...]:
+    return problem.severity, problem.kind, problem.server, problem.consequence
+
+
+def _name(problem: Problem) -> str:
+    return problem.tensor or problem.file or ""
+
+
+def _place(members: Sequence[Problem]) -> str:
+    """'model.layers.{0..35}.mlp.down_proj.weight_scale' of problems that differ in numbers alone."""
+    names = [_name(problem) for problem in members]
     if len(set(names)) == 1:
         return names[0]
     numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]

@@ -16,6 +16,7 @@ from fp4conv.servers import NAMES
 from fp4conv.sizes import format_size
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.NOTE: "dim"}
+_MOST_PLACES = 5
 _MOST = 20  # groups shown of each severity; --json has all
 
 
@@ -50,10 +51,14 @@ def _looked_at(found: Verified) -> str:
 
 
 def _problem(group: Group) -> list[RenderableType]:
-    problem = group.first
-    times = f" ({group.count:,} times)" if group.count > 1 else ""
-    head = Text.assemble((problem.severity.value, _STYLES[problem.severity]), f"  {group.where or problem.kind}{times}")
+    problem, places = group.first, group.places
+    times = f"  ({group.count:,} times)" if group.count > 1 else ""
+    name = places[0] or problem.kind
+    head = Text.assemble((problem.severity.value, _STYLES[problem.severity]), f"  {name}{times}")
     body = grid("<", "<")
+    if len(places) > 1:
+        more = f", and {len(places) - _MOST_PLACES} more" if len(places) > _MOST_PLACES else ""
+        body.add_row(Text("also", style="dim"), ", ".join(places[1:_MOST_PLACES]) + more)
     if problem.file and problem.tensor:
         body.add_row(Text("in", style="dim"), problem.file if group.count == 1 else f"{problem.file}, ...")
     body.add_row(Text("found", style="dim"), problem.found)
