@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -340,6 +341,75 @@ def test_damaged_hints_are_told(reference: Reference, tmp_path: Path) -> None:
     assert kinds(found, "error") == {"hints-damaged"}
 
 
+# ---- against what it was made from
+
+
+def test_a_lossless_conversion_is_called_so(reference: Reference, tmp_path: Path) -> None:
+    """Of another format, orientation and sharding."""
+    source = reference("gptoss-mxfp4-native-like")
+    fp4conv.convert(source, tmp_path / "out", to="bf16", max_shard_size=150_000)
+    found = fp4conv.verify(tmp_path / "out", original=source)
+    assert found.ok
+    assert found.against is not None
+    assert (found.against.lossless, found.against.sqnr_db) == (True, None)
+    assert set(found.against.per_tensor.values()) == {None}
+
+
+def test_a_lossy_conversion_has_its_figures(reference: Reference, tmp_path: Path) -> None:
+    """Those that convert gave, tensor by tensor; what it copied is the same."""
+    source = reference("llama-bf16")
+    converted = fp4conv.convert(source, tmp_path / "out", to="nvfp4")
+    found = fp4conv.verify(tmp_path / "out", original=source)
+    assert found.ok
+    assert found.against is not None
+    assert not found.against.lossless
+    assert found.against.same == found.against.tensors - len(converted.per_tensor)
+    for name, db in converted.per_tensor.items():
+        assert found.against.per_tensor[name] == pytest.approx(db, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda tensors: tensors.update({"model.extra.weight": noise((4, 4))}), "model.extra.weight"),
+        (lambda tensors: tensors.update({"model.norm.weight": noise((128,), 9)}), "model.norm.weight"),
+        (lambda tensors: tensors.update({"lm_head.weight": noise((64, 128))}), "lm_head.weight"),
+    ],
+)
+def test_what_was_not_made_from_the_source(
+    reference: Reference, tmp_path: Path, change: Callable[[Tensors], object], tensor: str
+) -> None:
+    source = reference("llama-bf16")
+    folder = tmp_path / "src"
+    shutil.copytree(source, folder)
+    edit_tensors(folder, change)
+    found = fp4conv.verify(folder, original=source)
+    [hit] = [problem for problem in found.problems if problem.kind == "source-mismatch"]
+    assert hit.tensor == tensor
+    assert not found.ok
+
+
+def test_weights_of_another_model_are_told(reference: Reference, tmp_path: Path) -> None:
+    """Codes that say something else than the source, in a checkpoint that is sound by itself."""
+    source = reference("llama-bf16")
+    fp4conv.convert(source, tmp_path / "out", to="nvfp4")
+    stem = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.update({stem: np.roll(tensors[stem], 1, axis=0)}))
+    assert fp4conv.verify(tmp_path / "out").ok
+    found = fp4conv.verify(tmp_path / "out", original=source)
+    assert [problem.tensor for problem in found.problems if problem.severity is Severity.ERROR] == [stem]
+
+
+def test_a_broken_checkpoint_beside_its_source(reference: Reference, tmp_path: Path) -> None:
+    fault = fault_named("missing-scales")
+    folder = planted(fault, FIXTURES / fault.base, tmp_path / "src")
+    found = fp4conv.verify(folder, original=reference("gptoss-bf16"))
+    assert kinds(found, "error") == {"incomplete-weight", "source-mismatch"}
+    with pytest.raises(SourceError):
+        fp4conv.verify(FIXTURES / "llama-bf16", original=folder)
+
+
 # ---- what no config's table knows
 
 
@@ -462,6 +532,26 @@ def test_the_command(tmp_path: Path) -> None:
     [problem] = [problem for problem in said["problems"] if problem["severity"] == "error"]
     assert {"severity", "tensor", "file", "found", "expected", "consequence", "server"} <= set(problem)
     assert [reading["server"] for reading in problem["servers"]] == ["vllm", "sglang", "trtllm", "llamacpp"]
+
+
+def test_the_command_with_a_source() -> None:
+    folder = str(FIXTURES / "llama-bf16")
+    run = CliRunner().invoke(main, ["verify", folder, "--source", folder])
+    assert run.exit_code == 0
+    assert "lossless, every value of 21 tensors is the same" in " ".join(run.stdout.split())
+    run = CliRunner().invoke(main, ["verify", folder, "--source", folder, "--json"])
+    assert json.loads(run.stdout)["against"]["lossless"] is True
+
+
+@pytest.mark.parametrize("name", ["group-size-differs", "algorithms-differ", "qkv-tensor-scales", "nested-only-file"])
+def test_the_remedy_mends_it(tmp_path: Path, name: str) -> None:
+    """The command that a problem names, typed as it stands."""
+    fault = fault_named(name)
+    folder = planted(fault, FIXTURES / fault.base, tmp_path / "src")
+    [error] = [problem for problem in fp4conv.verify(folder).problems if problem.severity is Severity.ERROR]
+    words = shlex.split(error.remedy.partition("fp4conv ")[2].partition(" (")[0].replace("DST", str(tmp_path / "out")))
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert kinds(fp4conv.verify(tmp_path / "out")) == set()
 
 
 def test_the_command_on_a_sound_checkpoint() -> None:

@@ -66,11 +66,16 @@ class Meter:
     def plan(self, plan: Plan, fetching: Fetching) -> None:
         self.start(plan.bytes_read, f"to {plan.target}", download=fetching.total_bytes)
 
-    def start(self, total: int, what: str, *, download: int = 0) -> None:
-        """Show the bar: `total` bytes are to be read; and above it one for `download` bytes from the Hub."""
+    def start(self, total: int, what: str, *, download: int = 0, compiled: bool = True) -> None:
+        """Show the bar: `total` bytes are to be read; and above it one for `download` bytes from the Hub.
+
+        `compiled`: they are read by kernels, which may have to be compiled first.
+        """
         from tqdm import tqdm
 
-        announce_kernels(self._quiet)
+        self._close()
+        if compiled:
+            announce_kernels(self._quiet)
         look = {"unit": "B", "unit_scale": True, "disable": True if self._quiet else None}
         above = tqdm(total=download, desc="download", position=0, **look) if download else None
         bar = tqdm(total=total, desc=what, position=1 if above is not None else 0, **look)
@@ -98,31 +103,6 @@ class Meter:
         self._start_at(nbytes)
 
     def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-
-class Bar:
-    """A progress bar on stderr, in bytes read; silent where stderr is no terminal, and with `quiet`."""
-
-    def __init__(self, what: str, quiet: bool) -> None:
-        self._what = what
-        self._quiet = quiet
-        self._advance: Callable[[int], object] = lambda _: None
-        self._close: Callable[[], None] = lambda: None
-
-    def start(self, nbytes: int) -> None:
-        from tqdm import tqdm
-
-        bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=self._what, disable=True if self._quiet else None)
-        self._advance, self._close = bar.update, bar.close
-
-    def advance(self, nbytes: int) -> None:
-        self._advance(nbytes)
-
-    def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,14 +7,17 @@ import sys
 import click
 
 from fp4conv.cli.group import epilog
-from fp4conv.cli.output import Bar, print_json, print_view
+from fp4conv.cli.output import Meter, print_json, print_view
 from fp4conv.servers import SERVERS
 
 
-@click.command(epilog=epilog("fp4conv verify my-llama", "fp4conv verify gpt-oss-20b --for vllm"))
+@click.command(epilog=epilog("fp4conv verify gpt-oss-20b --for vllm", "fp4conv verify my-llama --source my-llama"))
 @click.argument("src", metavar="SRC")
 @click.option(
     "--for", "for_server", type=click.Choice(SERVERS), help="What this server would make of it, and no other."
+)
+@click.option(
+    "--source", "original", metavar="ORIGINAL", help="What it was made from: was anything lost, and how much?"
 )
 @click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
@@ -23,12 +26,19 @@ from fp4conv.servers import SERVERS
 def verify(src: str, *, quiet: bool, as_json: bool, **options: object) -> None:
     """Check the checkpoint in SRC: files, names, shapes, values, and whether configs and tensors agree.
 
-    Every problem says what servers would make of it. Exit 1 when one is an error.
+    Every problem says what servers would make of it, and what to do. Exit 1 when one is an error. With --source,
+    values are compared with those of ORIGINAL, in whatever format it is.
     """
     from fp4conv.commands.verify import verify as run
 
-    with Bar("verify", quiet) as bar:
-        found = run(src, on_start=bar.start, on_bytes=bar.advance, **options)  # type: ignore[arg-type]
+    with Meter(quiet) as meter:
+        found = run(
+            src,
+            on_start=lambda nbytes: meter.start(nbytes, "verify", compiled=False),
+            on_compare=lambda nbytes: meter.start(nbytes, "compare"),
+            on_bytes=meter.advance,
+            **options,  # type: ignore[arg-type]
+        )
     if as_json:
         print_json(found.to_json())
     else:

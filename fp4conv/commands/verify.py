@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from fp4conv.checks.against import Against
 from fp4conv.checks.check import Checked, check_structure, check_values, value_bytes
 from fp4conv.checks.hints import damaged_hints
 from fp4conv.checks.judge import judged, unfit
 from fp4conv.checks.survey import Survey, survey
 from fp4conv.commands.convert import DEFAULT_MEMORY, resources
 from fp4conv.errors import UsageError
-from fp4conv.faults import Found
+from fp4conv.faults import Found, Kind
 from fp4conv.hints.reading import has_hints
+from fp4conv.layouts import parse
 from fp4conv.model import Model
 from fp4conv.readings import Checkpoint
 from fp4conv.report.verified import Verified
 from fp4conv.servers import SERVERS, verdicts
-from fp4conv.sources import folder_of
+from fp4conv.sources import bring_weights, folder_of, open_source
 
 _BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model
 _CHUNK_BYTES = 16_000_000
@@ -26,23 +28,29 @@ _CHUNK_BYTES = 16_000_000
 def verify(
     source: str | Path,
     *,
+    original: str | Path | None = None,
     for_server: str | None = None,
     max_memory: int | str = DEFAULT_MEMORY,
     workers: int | None = None,
-    on_start: Callable[[int], object] | None = None,
-    on_bytes: Callable[[int], object] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_compare: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> Verified:
     """Every problem of the checkpoint in folder `source`; with `for_server`, as they are for that server.
 
-    `on_start` gets the bytes that are about to be read, `on_bytes` those that were. Memory stays within `max_memory`.
-    A fault of the checkpoint is a problem in the result, not an error; SourceError is raised where there is no folder.
+    `original`: what it was made from, whose values it is compared with. `on_start` and `on_compare` get the bytes that
+    are about to be read to check and to compare, `on_bytes` those that were. Memory stays within `max_memory`.
+    A fault of the checkpoint is a problem in the result, not an error; SourceError is raised where there is no folder,
+    or where `original` cannot be read.
     """
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     threads, memory = resources(workers, max_memory)
+    reference = parse(open_source(original)) if original is not None else None
     found = survey(folder_of(source), str(source))
     if not found.tensors:
-        return _result(found, None, list(found.faults), for_server, 0)
+        problems = judged(found.faults, Checkpoint(), for_server, source=found.name)
+        return Verified(found.name, problems, found.warnings, for_server=for_server)
     checked = check_structure(found, lost=found.lost, partial=found.partial)
     nbytes = value_bytes(checked)
     if on_start:
@@ -51,7 +59,20 @@ def verify(
     faults = [*found.faults, *checked.faults]
     faults += check_values(checked, chunk_bytes=chunk, workers=threads, progress=on_bytes)
     faults += _hint_faults(checked.model)
-    return _result(found, checked, faults, for_server, nbytes)
+    against = None
+    if reference is not None and checked.model is None:
+        expected = "a checkpoint that a conversion could read"
+        faults.append(Found(Kind.SOURCE_MISMATCH, "it could not be compared: see its other problems", expected))
+    elif reference is not None and checked.model is not None:
+        # Compiled kernels: only a comparison pays for them.
+        from fp4conv.checks.comparing import compare_with_source
+
+        bring_weights(reference.source)
+        against, apart = compare_with_source(
+            checked.model, reference, max_memory=memory, workers=threads, on_total=on_compare, on_bytes=on_bytes
+        )
+        faults += apart
+    return _result(found, checked, faults, for_server, against)
 
 
 def _hint_faults(model: Model | None) -> list[Found]:
@@ -61,16 +82,14 @@ def _hint_faults(model: Model | None) -> list[Found]:
     return damaged_hints(model)
 
 
-def _result(found: Survey, checked: Checked | None, faults: list[Found], server: str | None, nbytes: int) -> Verified:
-    if checked is None:
-        problems = judged(faults, Checkpoint(), server, source=found.name)
-        return Verified(found.name, problems, found.warnings, for_server=server)
+def _result(
+    found: Survey, checked: Checked, faults: list[Found], server: str | None, against: Against | None
+) -> Verified:
     problems = judged(faults, checked.checkpoint, server, source=found.name)
     said = verdicts(checked.artifact)
     if server is not None:
         own = next(verdict for verdict in said if verdict.server == server)
         problems = (*(() if own.loads else (unfit(own),)), *problems)
-    hints = has_hints(found)
     return Verified(
         source=found.name,
         format=checked.format_name,
@@ -78,11 +97,12 @@ def _result(found: Survey, checked: Checked | None, faults: list[Found], server:
         family=checked.family.name,
         tensors=len(found.tensors),
         quantised=sum(weight.quantized for weight in checked.weights),
-        bytes_read=nbytes,
-        hints=hints,
+        bytes_read=value_bytes(checked),
+        hints=has_hints(found),
         problems=problems,
         servers=said,
         warnings=found.warnings,
         known_type=checked.known_type,
         for_server=server,
+        against=against,
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from fp4conv.checks.against import Against
 from fp4conv.checks.judge import Problem
 from fp4conv.faults import Severity
 from fp4conv.model import JSON
@@ -17,6 +18,7 @@ class Verified:
     """`tensors`: stored ones; `quantised`: weights in a block format. `hints`: round-trip hints lie beside.
 
     `bytes_read`: block scales and dense values. `servers`: what each does with a sound checkpoint of this kind.
+    `against`: the comparison with what it was made from, where that was given.
     `for_server`: problems are as they are for it.
     `known_type`: every tensor and shape is known from config.json; else layers were compared with one another.
     """
@@ -34,6 +36,7 @@ class Verified:
     servers: tuple[Verdict, ...] = ()
     known_type: bool = False
     for_server: str | None = None
+    against: Against | None = None
 
     @property
     def ok(self) -> bool:
@@ -53,6 +56,7 @@ class Verified:
             "problems": [_problem_json(problem) for problem in self.problems],
             "servers": [asdict(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
+            "against": None if self.against is None else asdict(self.against),
         }
 
 

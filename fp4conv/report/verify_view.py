@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from fp4conv.checks.against import Against
 from fp4conv.faults import Severity
 from fp4conv.report.terminal import grid, servers_view, warnings_view
 from fp4conv.report.verified import Group, Verified, grouped
@@ -27,6 +28,8 @@ def verify_view(found: Verified) -> RenderableType:
     if found.tensors:
         head.add_row("taken as", f"{found.format}, {found.layout} layout, family {found.family}")
         head.add_row("looked at", _looked_at(found))
+    if found.against is not None:
+        head.add_row("against", _against(found.against))
     lines: list[RenderableType] = [head, Text()]
     groups = grouped(found.problems)
     for severity in Severity:
@@ -48,6 +51,17 @@ def _looked_at(found: Verified) -> str:
     hints = ", round-trip hints" if found.hints else ""
     quantised = f", {found.quantised:,} quantised weights" if found.quantised else ""
     return f"{found.tensors:,} tensors{quantised}; {names}; configs and index; {values}{hints}"
+
+
+def _against(found: Against) -> str:
+    if found.lossless:
+        return f"{found.source}: lossless, every value of {found.tensors:,} tensors is the same"
+    known = {name: db for name, db in found.per_tensor.items() if db is not None}
+    words = f"{found.source}: {found.same:,} of {found.tensors:,} tensors have the same values"
+    if found.sqnr_db is not None and known:
+        worst = min(known, key=lambda name: known[name])
+        words += f"; SQNR {found.sqnr_db:.2f} dB in all, lowest {known[worst]:.2f} dB in {worst}"
+    return words
 
 
 def _problem(group: Group) -> list[RenderableType]:
