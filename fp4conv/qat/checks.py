@@ -24,7 +24,7 @@ from fp4conv.layouts import parse
 from fp4conv.qat.amax import unequal_sets
 from fp4conv.qat.backend import QuantizedWeight
 from fp4conv.qat.targets import checkpoint_tensors, weight_set_of
-from fp4conv.qat.windows import explained_blocks
+from fp4conv.qat.windows import differing_blocks, rounded
 from fp4conv.sources import open_source
 from fp4conv.training_rules import FORWARD_RULES
 
@@ -45,8 +45,8 @@ class ForwardReport:
     @property
     def notes(self) -> list[str]:
         return [
-            f"{name}: {count} blocks have another scale than in fp4conv's codec, as ModelOpt's kernels are known to "
-            "give them; an export has the codec's values there"
+            f"{name}: {count} blocks have other values in training than any file can give them, as ModelOpt's CUDA "
+            "kernels are known to round; --backend fp4conv trains with those of the export"
             for name, count in self.explained.items()
         ]
 
@@ -56,25 +56,12 @@ def check_forward(weights: Iterable[QuantizedWeight]) -> ForwardReport:
 
     Raises ValuesError with the first weight that differs in another way than ModelOpt's known ones, or is not finite.
     """
-    compared = values = 0
-    explained: dict[str, int] = {}
-    for weight in weights:
-        for name, master, used, amax in _matrices(weight):
-            expected, bad = decoded(master, weight.format_name, amax)
-            if bad >= 0:
-                raise ValuesError("has a NaN or an Inf, which no block format holds", where=name)
-            rounded = _rounded(expected, weight.master.dtype)
-            different = rounded != used
-            count = int(np.count_nonzero(different))
-            if count:
-                exact = weight.master.dtype == torch.float32
-                known = explained_blocks(weight.format_name, (master, used, rounded), amax, exact=exact)
-                if known is None:
-                    raise _forward_differs(name, different, rounded, used)
-                explained[name] = explained.get(name, 0) + known
-            values += master.size
-        compared += 1
-    return ForwardReport(compared, values, explained)
+
+    def expected(weight: QuantizedWeight) -> Iterator[_Compared]:
+        for name, master, used, amax in _tensors(weight):
+            yield _Compared(weight, name, (master, used, _codec_values(weight, name, master, amax)), amax)
+
+    return _compare(expected(weight) for weight in weights)
 
 
 def check_shared(weights: Iterable[QuantizedWeight]) -> None:
@@ -101,48 +88,106 @@ def check_saved(folder: Path, source: Path) -> int:
     missing = [name for name in expected if name not in found and not (tied and name == "lm_head.weight")]
     extra = [name for name in found if name not in expected]
     changed = [name for name in expected if name in found and found[name] != expected[name]]
-    hint = (
-        f"{folder} must not be converted: this release of transformers saves the model in another way than it reads it"
-    )
+    hint = f"do not use {folder}: this release of transformers saves the model in another way than it reads it"
     if missing:
         raise SourceError(f"was not saved, one of {len(missing)} tensors of {source}", where=missing[0], hint=hint)
     if extra:
         raise SourceError(f"was saved, one of {len(extra)} tensors that {source} has not", where=extra[0], hint=hint)
     if changed:
         name = changed[0]
-        what = (
-            f"was saved as {list(found[name])}, expected {list(expected[name])}; {len(changed)} tensors changed shape"
-        )
+        what = f"was saved as {list(found[name])}, expected {list(expected[name])} ({len(changed)} such tensors)"
         raise SourceError(what, where=name, hint=hint)
     return len(expected)
 
 
-def check_exported(weights: Iterable[QuantizedWeight], folder: Path) -> int:
-    """The checkpoint in `folder` decodes to the values that the forward pass used, in their dtype; how many values.
+def check_exported(weights: Iterable[QuantizedWeight], folder: Path) -> ForwardReport:
+    """The checkpoint in `folder` decodes to the values that the forward pass used, in their dtype.
 
     Raises ValuesError with the first weight that does not, SourceError with one that is not there or is not quantised.
+    Blocks that ModelOpt's kernels give other values than any file can hold are reported, as by `check_forward`.
     """
     from fp4conv.commands.open import open as open_checkpoint
 
-    values = 0
     with open_checkpoint(folder) as checkpoint:
         formats = {weight.name: weight.format_name for weight in checkpoint.model.weights}
-        for weight in weights:
-            for name, used in checkpoint_tensors(weight.name, weight.values, each=weight.each):
+
+        def exported(weight: QuantizedWeight) -> Iterator[_Compared]:
+            for name, master, used, amax in _tensors(weight):
                 if formats.get(name) != weight.format_name:
                     found = f"is {formats[name]}" if name in formats else "is not there"
                     raise SourceError(f"{found}, expected {weight.format_name}", where=f"{name} ({folder})")
-                exported = _rounded(checkpoint.read(name).astype(np.float32, copy=False), weight.master.dtype)
-                different = exported != _numpy(used)
-                if different.any():
-                    raise ValuesError(
-                        f"{_share(different)} of the exported values are not those of training, "
-                        f"{_first(different, exported, _numpy(used))}",
-                        where=f"{name} ({folder})",
-                        hint="export again from the checkpoint that was trained last, without --scale-rule and --ties",
-                    )
-                values += used.numel()
-    return values
+                values = rounded(checkpoint.read(name).astype(np.float32, copy=False), weight.master.dtype)
+                expected = _codec_values(weight, name, master, amax)
+                if not np.array_equal(values, expected):
+                    raise _differs(name, values, expected, _EXPORT)
+                yield _Compared(weight, name, (master, used, values), amax)
+
+        return _compare(exported(weight) for weight in weights)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """`arrays`: (master, used, expected) of one tensor of a checkpoint, in its shape."""
+
+    weight: QuantizedWeight
+    name: str
+    arrays: tuple[Values, Values, Values]
+    amax: float | None
+
+
+_FORWARD = ("the forward pass", "an export could not have the trained values: train with --backend fp4conv")
+_EXPORT = ("the export", "export again from the checkpoint that was trained last, without --scale-rule and --ties")
+
+
+def _compare(compared: Iterable[Iterable[_Compared]]) -> ForwardReport:
+    weights = values = 0
+    explained: dict[str, int] = {}
+    for tensors in compared:
+        weights += 1
+        for tensor in tensors:
+            for matrices in _matrices(tensor):
+                dtype = tensor.weight.master.dtype
+                blocks, known = differing_blocks(tensor.weight.format_name, matrices, tensor.amax, dtype)
+                if not known.all():
+                    raise _differs(tensor.name, tensor.arrays[1], tensor.arrays[2], _FORWARD)
+                if blocks.size:
+                    explained[tensor.name] = explained.get(tensor.name, 0) + int(blocks.size)
+            values += tensor.arrays[0].size
+    return ForwardReport(weights, values, explained)
+
+
+def _codec_values(weight: QuantizedWeight, name: str, master: Values, amax: float | None) -> Values:
+    """What the codec makes of `master`, a tensor of a checkpoint, rounded to the master's dtype."""
+    expected = np.empty_like(master)
+    for source, target in zip(_stack(master, weight.axis), _stack(expected, weight.axis), strict=True):
+        values, bad = decoded(np.ascontiguousarray(source), weight.format_name, amax)
+        if bad >= 0:
+            raise ValuesError("has a NaN or an Inf, which no block format holds", where=name)
+        target[...] = rounded(values, weight.master.dtype)
+    return expected
+
+
+def _tensors(weight: QuantizedWeight) -> Iterator[tuple[str, Values, Values, float | None]]:
+    """(name, master, used, amax) of each tensor of a checkpoint that this weight becomes."""
+    masters = checkpoint_tensors(weight.name, weight.master, each=weight.each)
+    used = checkpoint_tensors(weight.name, weight.values, each=weight.each)
+    amax: list[float | None] = [None] if weight.amax is None else weight.amax.detach().cpu().reshape(-1).tolist()
+    own = list(zip(masters, used, strict=True))
+    for number, ((name, master), (_, values)) in enumerate(own):
+        # Experts with a scale each have one or two tensors: all of one expert, then all of the next.
+        yield name, _numpy(master), _numpy(values), amax[number * len(amax) // len(own)]
+
+
+def _stack(array: Values, axis: int) -> Values:
+    """A view [matrices, N, K] of a weight's array."""
+    stacked = array if array.ndim == 3 else array[None]
+    return np.swapaxes(stacked, -1, -2) if axis == -2 else stacked
+
+
+def _matrices(tensor: _Compared) -> Iterator[tuple[Values, Values, Values]]:
+    master, used, expected = (_stack(array, tensor.weight.axis) for array in tensor.arrays)
+    for each in zip(master, used, expected, strict=True):
+        yield np.ascontiguousarray(each[0]), np.ascontiguousarray(each[1]), np.ascontiguousarray(each[2])
 
 
 @dataclass
@@ -164,28 +209,9 @@ def decoded(matrix: Values, format_name: str, amax: float | None) -> tuple[Value
     return out, bad
 
 
-def _matrices(weight: QuantizedWeight) -> Iterator[tuple[str, Values, Values, float | None]]:
-    """(name, master [N, K], used [N, K], amax) of each matrix of a weight, K last."""
-    linear = weight.master.ndim == 2
-    masters = [weight.master] if linear else list(weight.master)
-    used = [weight.values] if linear else list(weight.values)
-    amax = None if weight.amax is None else weight.amax.detach().cpu().reshape(-1).tolist()
-    for number, (master, values) in enumerate(zip(masters, used, strict=True)):
-        if weight.axis == -2:
-            master, values = master.T, values.T
-        own = None if amax is None else amax[number if weight.each else 0]
-        name = weight.name if linear else f"{weight.name}[{number}]"
-        yield name, np.ascontiguousarray(_numpy(master)), np.ascontiguousarray(_numpy(values)), own
-
-
 def _numpy(tensor: torch.Tensor) -> Values:
     values: Values = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
     return values
-
-
-def _rounded(values: Values, dtype: torch.dtype) -> Values:
-    """`values` rounded to `dtype`, the master's, in which the forward pass computes."""
-    return values if dtype == torch.float32 else _numpy(torch.from_numpy(values).to(dtype))
 
 
 def _shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
@@ -195,22 +221,16 @@ def _shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
     return shapes, model.config.get("tie_word_embeddings") is True
 
 
-def _forward_differs(name: str, different: npt.NDArray[np.bool_], expected: Values, used: Values) -> ValuesError:
-    return ValuesError(
-        f"{_share(different)} of the fake-quantised values are not those of fp4conv's codec, "
-        f"{_first(different, expected, used)}",
-        where=name,
-        hint="an export could not have the trained values: train with --backend fp4conv",
-    )
-
-
-def _share(different: npt.NDArray[np.bool_]) -> str:
-    return f"{np.count_nonzero(different):,} of {different.size:,}"
-
-
-def _first(different: npt.NDArray[np.bool_], expected: Values, used: Values) -> str:
+def _differs(name: str, found: Values, expected: Values, what: tuple[str, str]) -> ValuesError:
+    different = found != expected
     place = tuple(int(axis[0]) for axis in np.nonzero(different))
-    return f"at {list(place)} {used[place]:.9g} instead of {expected[place]:.9g}"
+    whose, hint = what
+    return ValuesError(
+        f"{np.count_nonzero(different):,} of {different.size:,} values of {whose} are not those of fp4conv's codec: at "
+        f"{list(place)} {found[place]:.9g}, expected {expected[place]:.9g}",
+        where=name,
+        hint=hint,
+    )
 
 
 __all__ = ["ForwardReport", "check_exported", "check_forward", "check_saved", "check_shared", "decoded"]

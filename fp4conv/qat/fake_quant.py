@@ -103,6 +103,10 @@ def _nearest_e2m1(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def _tensor_scale(amax: torch.Tensor) -> torch.Tensor:
-    """float32 tensor scales of `amax`, as `codecs.nvfp4.tensor_scale`: 1 for 0, never a subnormal."""
-    scale = (amax.to(torch.float32) / NVFP4_AMAX_DIVISOR).clamp(min=NVFP4_MIN_TENSOR_SCALE)
+    """float32 tensor scales of `amax`, as `codecs.nvfp4.tensor_scale`: 1 for 0, never a subnormal.
+
+    The divisor is a tensor, for on CUDA torch multiplies by the reciprocal of a number, which rounds twice.
+    """
+    amax = amax.to(torch.float32)
+    scale = (amax / torch.full_like(amax, NVFP4_AMAX_DIVISOR)).clamp(min=NVFP4_MIN_TENSOR_SCALE)
     return torch.where(amax == 0, 1.0, scale)
