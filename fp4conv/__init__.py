@@ -13,6 +13,7 @@ from fp4conv.version import __version__
 
 if TYPE_CHECKING:
     from fp4conv.commands.convert import convert
+    from fp4conv.commands.diff import diff
     from fp4conv.commands.inspect import inspect
     from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
@@ -28,6 +29,7 @@ __all__ = [
     "Verified",
     "__version__",
     "convert",
+    "diff",
     "inspect",
     "merge_lora",
     "open",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "convert": "fp4conv.commands.convert",
+    "diff": "fp4conv.commands.diff",
     "inspect": "fp4conv.commands.inspect",
     "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",

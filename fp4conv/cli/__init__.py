@@ -10,6 +10,7 @@ import click
 
 from fp4conv.cli.convert import convert
 from fp4conv.cli.demo import demo
+from fp4conv.cli.diff import diff
 from fp4conv.cli.group import Group
 from fp4conv.cli.inspect import inspect
 from fp4conv.cli.merge_lora import merge_lora
@@ -25,5 +26,5 @@ def main() -> None:
     """Convert language-model checkpoints between BF16, MXFP4 and NVFP4: exact, streaming, resumable."""
 
 
-for command in (convert, merge_lora, inspect, verify, demo):
+for command in (convert, merge_lora, inspect, verify, diff, demo):
     main.add_command(command)

@@ -75,30 +75,30 @@ def _survey(x: FloatBits, shift: int) -> tuple[int, int, int, int]:
 # -- two tensors --------------------------------------------------------------------------------
 
 
-def compare(x: Source, reference: Source, kn: bool, sums: F64) -> tuple[int, int, float, float]:
+def compare(x: Source, reference: Source, kn: bool, sums: F64) -> tuple[int, int, int, float, float]:
     """How far `x` lies from `reference`, both [N, K], or both [K, N] when `kn`.
 
     `sums` (float64 [4, N], overwritten) gets a row's sums of reference^2, (x - reference)^2, x * reference and x^2
-    over pairs that are finite on both sides. Returns (pairs that differ, pairs that are not finite on both sides,
-    largest |x - reference|, largest |x - reference| / |reference| where the reference is not zero). Values differ as
-    numbers: -0.0 is 0.0, and NaN is NaN.
+    over pairs that are finite on both sides. Returns (pairs that differ, pairs that are not finite on both sides, those
+    of them that differ, largest |x - reference|, largest |x - reference| / |reference| where the reference is not
+    zero). Values differ as numbers: -0.0 is 0.0, and NaN is NaN.
     """
     n, k = check_compare(x, reference, kn, sums)
     (a, a_shift), (b, b_shift) = _float_bits(x), _float_bits(reference)
     peaks = np.zeros((2, CHUNK))
     run = _compare_columns if kn else _compare_rows
-    differ, bad = run(a, a_shift, b, b_shift, n, k, sums, peaks)
-    return int(differ), int(bad), float(peaks[0].max()), float(peaks[1].max())
+    differ, bad, odd = run(a, a_shift, b, b_shift, n, k, sums, peaks)
+    return int(differ + odd), int(bad), int(odd), float(peaks[0].max()), float(peaks[1].max())
 
 
 @kernel
 def _compare_rows(
     a: FloatBits, a_shift: int, b: FloatBits, b_shift: int, n: int, k: int, sums: F64, peaks: F64
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     x_bits, y_bits = np.zeros(CHUNK, np.int32), np.zeros(CHUNK, np.int32)
     x, y = x_bits.view(np.float32), y_bits.view(np.float32)
     lanes = np.empty((4, LANES), np.float64)
-    differ, bad = 0, 0
+    differ, bad, bad_differ = 0, 0, 0
     for row in range(n):
         lanes[:] = 0.0
         for start in range(row * k, row * k + k, CHUNK):
@@ -110,21 +110,21 @@ def _compare_rows(
             odd = max(odd, _widen(b[start : start + size], b_shift, y_bits[:size]))
             if odd >= INF_BITS:
                 apart, out = _leave_out(x[:size], y[:size])
-                differ, bad = differ + apart, bad + out
+                bad, bad_differ = bad + out, bad_differ + apart
             differ += _add(x[:padded], y[:padded], lanes[0], lanes[1], lanes[2], lanes[3], peaks[0], peaks[1])
         for number in range(4):
             sums[number, row] = _halved(lanes[number])
-    return differ, bad
+    return differ, bad, bad_differ
 
 
 @kernel
 def _compare_columns(
     a: FloatBits, a_shift: int, b: FloatBits, b_shift: int, n: int, k: int, sums: F64, peaks: F64
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     x_bits, y_bits = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
     x, y = x_bits.view(np.float32), y_bits.view(np.float32)
     sums[:] = 0.0
-    differ, bad = 0, 0
+    differ, bad, bad_differ = 0, 0, 0
     for row in range(k):
         for first in range(0, n, CHUNK):
             size = min(CHUNK, n - first)
@@ -133,7 +133,7 @@ def _compare_columns(
             odd = max(odd, _widen(b[start : start + size], b_shift, y_bits[:size]))
             if odd >= INF_BITS:
                 apart, out = _leave_out(x[:size], y[:size])
-                differ, bad = differ + apart, bad + out
+                bad, bad_differ = bad + out, bad_differ + apart
             differ += _add(
                 x[:size],
                 y[:size],
@@ -144,7 +144,7 @@ def _compare_columns(
                 peaks[0],
                 peaks[1],
             )
-    return differ, bad
+    return differ, bad, bad_differ
 
 
 @helper

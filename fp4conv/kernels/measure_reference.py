@@ -20,7 +20,7 @@ def survey(x: Source) -> tuple[float, float, int, int]:
     return float(low) + 0.0, float(high) + 0.0, int((finite == 0).sum()), values.size - finite.size
 
 
-def compare(x: Source | F64, reference: Source | F64, kn: bool, sums: F64) -> tuple[int, int, float, float]:
+def compare(x: Source | F64, reference: Source | F64, kn: bool, sums: F64) -> tuple[int, int, int, float, float]:
     """See `measure.compare`; takes float64 too."""
     check_compare(x, reference, kn, sums)
     a, b = (_wide(side) for side in (x, reference))
@@ -32,7 +32,7 @@ def compare(x: Source | F64, reference: Source | F64, kn: bool, sums: F64) -> tu
         sums[number] = _in_order(terms.T if kn else terms, kn)
     relative = np.divide(apart, np.abs(b), out=np.zeros_like(apart), where=b != 0)
     peaks = float(apart.max(initial=0.0)), float(relative.max(initial=0.0))
-    return int(different.sum()), int((~good).sum()), *peaks
+    return int(different.sum()), int((~good).sum()), int((different & ~good).sum()), *peaks
 
 
 def _wide(x: Source | F64) -> F64:

@@ -19,8 +19,8 @@ class ErrorFacts:
     `signal`, `noise`: sums of squares of the reference and of the difference; `dot`, `power`: sum of the products with
     the reference, and of the squares of the values themselves. Figures of several tensors add up.
     `max_rel_error`: largest |difference| / |reference| over values that are not zero in the reference.
-    `values` are those counted, `left_out` those that are NaN or Inf on a side. `differ`: how many values are not the
-    same number, of all; -0.0 is 0.0, and NaN is NaN.
+    `values` are those counted, `left_out` those that are NaN or Inf on a side, `left_out_differ` those of them that are
+    not so on both. `differ`: how many values are not the same number, of all; -0.0 is 0.0, and NaN is NaN.
     """
 
     values: int
@@ -32,6 +32,7 @@ class ErrorFacts:
     max_rel_error: float
     differ: int = 0
     left_out: int = 0
+    left_out_differ: int = 0
 
     @property
     def sqnr_db(self) -> float:
@@ -62,6 +63,7 @@ class ErrorFacts:
             "cosine": self.cosine,
             "differ": self.differ,
             "left_out": self.left_out,
+            "left_out_differ": self.left_out_differ,
         }
 
 
@@ -78,6 +80,7 @@ def add_errors(errors: Iterable[ErrorFacts]) -> ErrorFacts:
         max_rel_error=max((e.max_rel_error for e in known), default=0.0),
         differ=sum(e.differ for e in known),
         left_out=sum(e.left_out for e in known),
+        left_out_differ=sum(e.left_out_differ for e in known),
     )
 
 

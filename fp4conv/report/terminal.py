@@ -17,7 +17,6 @@ from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Action, Plan
 from fp4conv.report.converted import ConvertResult, DownloadForecast, Forecast
-from fp4conv.report.facts import Inspected, TensorFacts
 from fp4conv.report.hints import HintsResult, part_bytes
 from fp4conv.servers import Verdict
 from fp4conv.sizes import format_size
@@ -165,38 +164,6 @@ _OUTCOMES = {
 
 def warnings_view(warnings: Iterable[str]) -> list[RenderableType]:
     return [Text.assemble(("warning: ", "yellow"), warning) for warning in warnings]
-
-
-def inspect_view(found: Inspected, rows: Sequence[TensorFacts], *, by_layer: bool) -> RenderableType:
-    """The headline, and a table with a line for each of `rows`; `by_layer` puts them under their layers' names."""
-    head = grid("<", "<")
-    head.add_row("source", found.source)
-    head.add_row("format", f"{found.format}, {found.layout} layout, family {found.family}")
-    head.add_row("parameters", f"{found.parameters:,}")
-    head.add_row("size", f"{format_size(found.bytes)}, {found.bits_per_weight:.2f} bits a weight")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("tensor", overflow="fold")
-    for title in ("format", "shape", "tensors", "size", "bits"):
-        table.add_column(title, justify="left" if title == "format" else "right", no_wrap=True)
-    above = ""
-    for row in rows:
-        layer, leaf = _layer_and_leaf(row.name) if by_layer else ("", row.name)
-        if layer and layer != above:
-            table.add_row(Text(layer, style="bold"))
-        above = layer
-        shape = "x".join(map(str, row.shape)) or "scalar"
-        cells = (row.format, shape, f"{row.count:,}", format_size(row.bytes), f"{row.bits_per_weight:.2f}")
-        table.add_row(f"  {leaf}" if layer else leaf, *cells)
-    return Group(head, table, *warnings_view(found.warnings))
-
-
-_IN_LAYER = re.compile(r"(?P<layer>.*?\blayers?\.(\{[^}]*\}|\d+))\.(?P<leaf>.+)")
-
-
-def _layer_and_leaf(name: str) -> tuple[str, str]:
-    """'model.layers.{0..35}.mlp.up_proj.weight' in two, so that the table fits 80 columns."""
-    found = _IN_LAYER.fullmatch(name)
-    return (found["layer"], found["leaf"]) if found else ("", name)
 
 
 def convert_view(result: ConvertResult) -> RenderableType:

@@ -57,11 +57,12 @@ def test_compare_withstands_any_values(y: F32, random: object) -> None:
 def test_compare_gives_the_figures_of_plain_float64() -> None:
     x, y = spoiled((40, 700), 2)
     sums = np.empty((4, 40))
-    differ, left_out, largest, relative = measure.compare(x, y, False, sums)
+    differ, left_out, odd, largest, relative = measure.compare(x, y, False, sums)
     good = np.isfinite(x) & np.isfinite(y)
     a, b = np.where(good, x, 0).astype(np.float64), np.where(good, y, 0).astype(np.float64)
     assert left_out == (~good).sum() > 0
     assert differ == (~((x == y) | (np.isnan(x) & np.isnan(y)))).sum()
+    assert odd == (~((x == y) | (np.isnan(x) & np.isnan(y))) & ~good).sum()
     assert largest == np.abs(a - b).max()
     assert relative == (np.abs(a - b)[b != 0] / np.abs(b[b != 0])).max()
     for got, terms in zip(sums, (b * b, (a - b) ** 2, a * b, a * a), strict=True):
@@ -71,9 +72,9 @@ def test_compare_gives_the_figures_of_plain_float64() -> None:
 def test_zeros_of_both_signs_and_nans_are_equal() -> None:
     x = np.array([[0.0, -0.0, np.nan, np.inf, 1.0]], np.float32)
     y = np.array([[-0.0, 0.0, -np.nan, np.inf, 1.0]], np.float32)
-    assert measure.compare(x, y, False, np.empty((4, 1)))[:2] == (0, 2)
+    assert measure.compare(x, y, False, np.empty((4, 1)))[:3] == (0, 2, 0)
     y[0, 3] = -np.inf
-    assert measure.compare(x, y, False, np.empty((4, 1)))[:2] == (1, 2)
+    assert measure.compare(x, y, False, np.empty((4, 1)))[:3] == (1, 2, 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

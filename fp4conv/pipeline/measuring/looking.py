@@ -24,7 +24,8 @@ from fp4conv.pipeline.measuring.tally import ErrorTally, ValueTally
 from fp4conv.plan import Action, Step, Unit
 
 F64 = npt.NDArray[np.float64]
-Peaks = tuple[int, int, float, float]
+Peaks = tuple[int, int, int, float, float]  # as `measure.compare` returns them
+_NOTHING: Peaks = (0, 0, 0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Found:
 
     values: tuple[float, float, int, int] = (np.inf, -np.inf, 0, 0)
     blocks: BlockCounts | None = None
-    error: Peaks = (0, 0, 0.0, 0.0)
+    error: Peaks = _NOTHING
     trials: dict[Trial, Peaks] = field(default_factory=dict)
     pairs: int = 0
     unquantisable: bool = False
@@ -96,7 +97,7 @@ def _look_at_rows(
         if peaks is None:
             found.unquantisable = True
             continue
-        found.trials[trial] = _peaks(found.trials.get(trial, (0, 0, 0.0, 0.0)), peaks)
+        found.trials[trial] = _peaks(found.trials.get(trial, _NOTHING), peaks)
         error.sums[:, place : place + len(rows)] = sums
 
 
@@ -120,7 +121,7 @@ def _try(trial: Trial, tensor_scale: float, rows: Rows, sums: F64, scratch: Scra
 
 
 def _peaks(one: Peaks, two: Peaks) -> Peaks:
-    return one[0] + two[0], one[1] + two[1], max(one[2], two[2]), max(one[3], two[3])
+    return one[0] + two[0], one[1] + two[1], one[2] + two[2], max(one[3], two[3]), max(one[4], two[4])
 
 
 # ---- flat pieces

@@ -25,14 +25,16 @@ class ErrorTally:
     pairs: int = 0
     differ: int = 0
     left_out: int = 0
+    odd: int = 0
     max_abs: float = 0.0
     max_rel: float = 0.0
 
-    def add(self, found: tuple[int, int, float, float], pairs: int) -> None:
-        differ, left_out, max_abs, max_rel = found
+    def add(self, found: tuple[int, int, int, float, float], pairs: int) -> None:
+        differ, left_out, odd, max_abs, max_rel = found
         self.pairs += pairs
         self.differ += differ
         self.left_out += left_out
+        self.odd += odd
         self.max_abs = max(self.max_abs, max_abs)
         self.max_rel = max(self.max_rel, max_rel)
 
@@ -49,6 +51,7 @@ class ErrorTally:
             max_rel_error=self.max_rel,
             differ=self.differ,
             left_out=self.left_out,
+            left_out_differ=self.odd,
         )
 
 
