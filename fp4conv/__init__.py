@@ -1,7 +1,7 @@
 """fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model.
 
-`convert`, `merge_lora`, `inspect`, `verify` and `open` are the commands as functions. They are imported when first
-asked for, so that `import fp4conv` costs nothing.
+`convert`, `merge_lora`, `inspect`, `verify`, `qat` and `open` are the commands as functions. They are imported when
+first asked for, so that `import fp4conv` costs nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fp4conv.commands.inspect import inspect
     from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
+    from fp4conv.commands.qat import qat
     from fp4conv.commands.verify import verify
     from fp4conv.errors import Fp4convError
     from fp4conv.report.converted import ConvertResult
@@ -33,6 +34,7 @@ __all__ = [
     "inspect",
     "merge_lora",
     "open",
+    "qat",
     "verify",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "inspect": "fp4conv.commands.inspect",
     "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",
+    "qat": "fp4conv.commands.qat",
     "verify": "fp4conv.commands.verify",
     "Checkpoint": "fp4conv.commands.open",
     "ConvertResult": "fp4conv.report.converted",

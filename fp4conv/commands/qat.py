@@ -1,0 +1,70 @@
+"""`qat`: fine-tune a model, train it on for four bits, export what was trained, and say what it is worth.
+
+Nothing of torch is imported before the words of the command were looked at.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp4conv.qat.settings import PRESETS, Settings, field_types, preset, read_yaml, settings_from, to_yaml
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fp4conv.qat.report import Report
+
+__all__ = ["PRESETS", "Settings", "field_types", "print_config", "qat", "settings_of", "view"]
+
+
+def qat(
+    model: str | Path | None = None,
+    *,
+    config: str | Path | None = None,
+    preset_name: str | None = None,
+    command: str | None = None,
+    tell: Callable[[str], None] | None = None,
+    **options: object,
+) -> Report:
+    """Upcast, fine-tune, calibrate, train with fake quantisers, export and evaluate, into the folder `output`.
+
+    `options` are the settings (fp4conv.qat.settings), those of the YAML file `config` and of the preset beneath. A run
+    that was stopped goes on when called again with the same settings. `tell` gets a line at each step. Raises the
+    errors of fp4conv.errors; those of settings, dataset, memory and missing packages before a model is loaded.
+    """
+    from fp4conv.qat.run import run
+
+    words = {**options, **({} if model is None else {"model": str(model)})}
+    settings = settings_of(words, config=config, preset_name=preset_name)
+    return run(settings, command or _command_line(words), tell or (lambda _: None))
+
+
+def settings_of(
+    options: Mapping[str, object], *, config: str | Path | None = None, preset_name: str | None = None
+) -> Settings:
+    """The settings: defaults, under the preset, under the YAML file, under `options`."""
+    layers: list[Mapping[str, object]] = [preset(preset_name)] if preset_name else []
+    layers += [read_yaml(Path(config))] if config is not None else []
+    return settings_from(*layers, options)
+
+
+def print_config(settings: Settings) -> str:
+    """`settings` as a YAML file with comments."""
+    return to_yaml(settings)
+
+
+def view(report: Report) -> RenderableType:
+    from fp4conv.qat.report import view as made
+
+    return made(report)
+
+
+def _command_line(options: Mapping[str, object]) -> str:
+    words = [str(options.get("model", ""))]
+    for name, value in options.items():
+        if name != "model":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(["fp4conv", "qat", *words])

@@ -1,0 +1,87 @@
+"""LoRA: which layers and parameters get adapters.
+
+peft adds a linear layer's product beside its output, and adds factors of a parameter to the parameter itself. A layer
+whose weight is fake-quantised is adapted in the second way, as experts are: then what the quantiser sees is the
+merged weight, and the export has the values that were trained. Beside a quantised weight, it could not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp4conv.errors import UsageError
+from fp4conv.families import Role, role_of
+
+if TYPE_CHECKING:
+    import peft
+
+    from fp4conv.qat.settings import Settings
+
+ALL_LINEAR = "all-linear"
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names of linear layers that get adapters beside them, and of parameters that factors are added to."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def targets_of(model: torch.nn.Module, settings: Settings, quantized: Collection[str]) -> Targets:
+    """What to adapt, given the names of the `quantized` parameters. UsageError where nothing is left."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    leaves: set[str] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or role_of(name) is Role.HEAD:
+            continue
+        leaf = name.rpartition(".")[2]
+        leaves.add(leaf)
+        if not _in_layers(name, settings) or not {ALL_LINEAR, leaf} & set(settings.lora_modules):
+            continue
+        if f"{name}.weight" in quantized:
+            parameters.append(f"{name}.weight")
+        else:
+            modules.append(name)
+    if settings.lora_experts:
+        parameters += [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 3 and role_of(name) is Role.EXPERT and _in_layers(name, settings)
+        ]
+    if not modules and not parameters:
+        raise UsageError(
+            f"no layer matches lora_modules {', '.join(settings.lora_modules)} and lora_layers "
+            f"{', '.join(map(str, settings.lora_layers)) or '(all)'}",
+            where=str(settings.model),
+            hint=f"choose among {', '.join(sorted(leaves))}, or {ALL_LINEAR}",
+        )
+    return Targets(tuple(modules), tuple(parameters))
+
+
+def with_adapters(model: torch.nn.Module, settings: Settings, quantized: Collection[str]) -> peft.PeftModel:
+    """`model` with fresh adapters of its own dtype, so that merging them repeats the forward pass."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = targets_of(model, settings, quantized)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0 if targets.parameters else settings.lora_dropout,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _in_layers(name: str, settings: Settings) -> bool:
+    found = _LAYER.search(f".{name}")
+    return not settings.lora_layers or (found is not None and int(found[1]) in settings.lora_layers)

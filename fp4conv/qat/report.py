@@ -1,0 +1,221 @@
+"""The table at the end: as a value, as JSON, for the terminal, as a page with the loss curves, and as a model card."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fp4conv.model import JSON
+from fp4conv.qat.evaluate import Score
+from fp4conv.qat.settings import Settings
+from fp4conv.qat.train import Trained
+from fp4conv.sizes import format_size
+from fp4conv.version import __version__
+
+if TYPE_CHECKING:
+    from fp4conv.qat.steps import Places
+
+REPORT_JSON, REPORT_HTML, CARD = "report.json", "report.html", "README.md"
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "nvidia-modelopt")
+_HEADS = ("model", "held-out loss", "right answers", "pass rate")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. `rows`: name -> (score, seconds). `training`: 'sft' and 'qat'. The rest: as the steps gave it."""
+
+    settings: Settings
+    rows: Mapping[str, tuple[Score, float]]
+    training: Mapping[str, Trained]
+    calibration: Mapping[str, JSON]
+    comparison: Mapping[str, JSON] | None
+    seconds: Mapping[str, float]
+    machine: str
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, JSON]:
+        rows: list[JSON] = [
+            {"name": name, **asdict(score), "pass_rate": score.pass_rate, "seconds": seconds}
+            for name, (score, seconds) in self.rows.items()
+        ]
+        training: dict[str, JSON] = {}
+        for step, trained in self.training.items():
+            curve: list[JSON] = [[number, loss] for number, loss in trained.curve]
+            training[step] = {**asdict(trained), "curve": curve}
+        return {
+            "model": self.settings.model,
+            "dataset": self.settings.dataset,
+            "format": self.settings.format,
+            "backend": self.settings.backend,
+            "rows": rows,
+            "training": training,
+            "calibration": dict(self.calibration),
+            "export": None if self.comparison is None else dict(self.comparison),
+            "seconds": dict(self.seconds),
+            "machine": self.machine,
+            "versions": dict(self.versions),
+            "settings": self.settings.values(),
+        }
+
+    def cells(self) -> list[tuple[str, str, str, str]]:
+        """The table, a row a model: name, loss, right of asked, share."""
+        made = []
+        for name, (score, _) in self.rows.items():
+            right = "" if score.asked is None else f"{score.passed:,} of {score.asked:,}"
+            share = "" if score.pass_rate is None else f"{100 * score.pass_rate:.1f} %"
+            made.append((name, f"{score.loss:.4f}", right, share))
+        return made
+
+    def facts(self) -> list[str]:
+        """What the table rests on, a sentence each."""
+        found = []
+        for step, trained in self.training.items():
+            found.append(
+                f"{step}: {trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:,.0f} s, "
+                f"peak memory {format_size(trained.peak_bytes)}"
+            )
+        names = self.calibration.get("names")
+        count = len(names) if isinstance(names, list) else 0
+        found.append(
+            f"before training: the {self.calibration['values']:,} fake-quantised values of {count} parameters are "
+            "those of fp4conv's codec" + (", but for what is told below" if self.calibration["notes"] else "")
+        )
+        if self.comparison is not None:
+            largest = self.comparison["largest"]
+            same = "the same" if largest == 0 else f"equal to {largest:.3g}"
+            found.append(
+                f"after export: {self.comparison['values']:,} decoded values are those of the last forward pass; "
+                f"{self.comparison['logits']:,} logits of the checkpoint loaded again are {same}"
+            )
+        return found
+
+
+def versions() -> dict[str, str]:
+    found = {"fp4conv": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name.removeprefix("nvidia-")) is not None:
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def view(report: Report) -> RenderableType:
+    """The table and the facts under it."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for head in _HEADS:
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for row in report.cells():
+        table.add_row(*row)
+    notes = report.calibration.get("notes")
+    lines = [*report.facts(), *(map(str, notes) if isinstance(notes, list) else ())]
+    return Group(*([table] if report.rows else []), *(Text(line) for line in lines))
+
+
+def write_report(report: Report, places: Places) -> list[str]:
+    """Write the JSON, the page (where plotly is installed) and the card; returns words about what was not written."""
+    (places.root / REPORT_JSON).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    if places.export.is_dir():
+        (places.export / CARD).write_text(card(report), encoding="utf-8")
+    if importlib.util.find_spec("plotly") is None:
+        return [f"{REPORT_HTML} was not written: it needs plotly. Install it: pip install 'fp4conv[report]'"]
+    (places.root / REPORT_HTML).write_text(page(report), encoding="utf-8")
+    return []
+
+
+def card(report: Report) -> str:
+    """README.md of the exported checkpoint, with the front matter that the Hub reads."""
+    settings = report.settings
+    base = str(settings.model)
+    front = ["---", "library_name: transformers", "tags: [fp4conv, " + str(settings.format) + ", qat]"]
+    if "/" in base and not Path(base).exists():
+        front += [f"base_model: {base}", "base_model_relation: quantized"]
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {Path(base).name}, trained for {str(settings.format).upper()}",
+        "",
+        f"Fine-tuned on `{Path(str(settings.dataset)).name}` and trained on with {settings.format} fake quantisers by "
+        f"fp4conv {__version__}; the weights here are those that the forward pass of training used.",
+        "",
+        *_markdown(report.cells()),
+        "",
+        *(f"- {fact}" for fact in report.facts()),
+        f"- {report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    return [
+        "| " + " | ".join(_HEADS) + " |",
+        "|---|" + "---:|" * (len(_HEADS) - 1),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def page(report: Report) -> str:
+    """One self-contained page: the table, the loss curves, the settings. Opens without a network."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for step, trained in report.training.items():
+        figure.add_scatter(
+            x=[number for number, _ in trained.curve], y=[loss for _, loss in trained.curve], name=step, mode="lines"
+        )
+    figure.update_layout(
+        template="simple_white", height=420, xaxis_title="optimizer step", yaxis_title="training loss", margin={"t": 20}
+    )
+    plot = figure.to_html(include_plotlyjs=True, full_html=False, config={"displaylogo": False})
+    rows = "".join(_row(row, "td") for row in report.cells())
+    settings = "".join(_row((name, json.dumps(value)), "td") for name, value in report.settings.values().items())
+    facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in [*report.facts(), report.machine])
+    title = f"{Path(str(report.settings.model)).name} trained for {report.settings.format}"
+    return _PAGE.format(
+        title=html.escape(title), head=_row(_HEADS, "th"), rows=rows, facts=facts, plot=plot, settings=settings
+    )
+
+
+def _row(cells: Sequence[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }}
+h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: right; padding: .3rem .9rem; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+details table td {{ text-align: left; font-size: .85rem; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table><thead>{head}</thead><tbody>{rows}</tbody></table>
+<ul>{facts}</ul>
+<h2>Loss in training</h2>
+{plot}
+<details><summary>Settings</summary><table>{settings}</table></details>
+</body>
+</html>
+"""

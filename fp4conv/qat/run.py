@@ -1,0 +1,139 @@
+"""`qat`: the steps in order, each once, whatever happens in between.
+
+Owns the order, the checks before the first minute is spent, and the journal by which the same command goes on. A step
+is done when its line is in the journal; what a killed step left is written over, but for the trainer's checkpoints,
+from which training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp4conv.errors import OutputError, ResumeError, UsageError
+from fp4conv.model import JSON
+from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
+from fp4conv.staging.journal import JOURNAL_NAME, Journal
+
+if TYPE_CHECKING:
+    from fp4conv.qat.report import Report
+
+SETTINGS_FILE = "qat.yaml"
+# Settings that change no step's result, so that they may differ when a run goes on.
+_FREE = frozenset({"gpus", "sharding", "save_steps", "logging_steps", "max_memory", "eval_batch_size", "output"})
+_NEEDED = ("torch", "transformers", "accelerate", "datasets", "trl")
+
+Tell = Callable[[str], None]
+
+
+def run(settings: Settings, command: str, tell: Tell) -> Report:
+    """Everything, from where it stopped. `tell` gets a line at each step. Raises the errors of fp4conv.errors."""
+    check_words(settings)
+    check_packages(settings)
+    # Past the checks, so that what is missing is named.
+    from fp4conv.qat.work import Work
+
+    work = Work(settings, tell)
+    work.check()
+    root = Path(str(settings.output))
+    _make(root)
+    with closing(Journal(root / JOURNAL_NAME)) as journal:
+        _begin(journal, root, settings, command)
+        return work.run(Done(journal))
+
+
+@dataclass
+class Done:
+    """What the journal says is done; `once` does what is not."""
+
+    journal: Journal
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each step took."""
+        found = {step: facts["seconds"] for step, facts in self.journal.finished.items()}
+        return {step: float(seconds) for step, seconds in found.items() if isinstance(seconds, (int, float))}
+
+    def once(self, step: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:
+        """The facts that `work` gave when `step` was done, now or in an earlier run."""
+        if step in self.journal.finished:
+            return self.journal.finished[step]
+        started = time.monotonic()
+        made = {**work(), "seconds": time.monotonic() - started}
+        facts: dict[str, JSON] = json.loads(json.dumps(made))  # as a later run will read it
+        self.journal.append_done([(step, facts)])
+        self.journal.finished[step] = facts
+        return facts
+
+    def has(self, step: str) -> bool:
+        return step in self.journal.finished
+
+
+def check_words(settings: Settings) -> None:
+    """UsageError for what is missing of the words of the command."""
+    options = {"model": "MODEL", "dataset": "--dataset DATA", "format": "--format", "output": "--output DIR"}
+    for name, words in options.items():
+        if getattr(settings, name) is None:
+            raise UsageError(f"{words} is missing", hint=f"give it, or `{name}: ...` in the file of --config")
+    if {"sft", "qat"} <= set(settings.skip):
+        raise UsageError(
+            "with sft and qat skipped nothing is trained",
+            hint="to quantise a model as it is: fp4conv convert MODEL DIR --to " + str(settings.format),
+        )
+
+
+def check_packages(settings: Settings) -> None:
+    """UsageError that names the packages that are missing, and how they are installed."""
+    needed = [*_NEEDED, *(["peft"] if settings.lora else []), *(["modelopt"] if settings.backend == "modelopt" else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"training needs {', '.join(missing)}", hint="pip install 'fp4conv[qat]'")
+
+
+def _make(root: Path) -> None:
+    try:
+        if root.is_dir() and any(root.iterdir()) and not (root / JOURNAL_NAME).exists():
+            raise OutputError(
+                "holds something already, and no run of qat",
+                where=str(root),
+                hint="give a folder that does not exist yet",
+            )
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be used: {error.strerror}", where=str(root)) from error
+
+
+def _begin(journal: Journal, root: Path, settings: Settings, command: str) -> None:
+    """Claim the folder for these settings, or see that it is theirs."""
+    fingerprint = hashlib.sha256(json.dumps(_binding(settings), sort_keys=True).encode()).hexdigest()
+    if journal.fingerprint is None:
+        (root / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
+        journal.begin(fingerprint, command, {})
+    elif journal.fingerprint != fingerprint:
+        raise ResumeError(
+            f"belongs to a run with other settings{_differences(root, settings)}",
+            where=str(root),
+            hint=f"go on with the same ones ({journal.command}), or give another --output",
+        )
+
+
+def _binding(settings: Settings) -> dict[str, JSON]:
+    values = settings.values()
+    return {name: value for name, value in values.items() if name not in _FREE}
+
+
+def _differences(root: Path, settings: Settings) -> str:
+    try:
+        before = _binding(settings_from(read_yaml(root / SETTINGS_FILE)))
+    except UsageError:
+        return ""
+    now = _binding(settings)
+    changed = [f"{name} was {before[name]!r}, is {now[name]!r}" for name in now if before[name] != now[name]]
+    return ": " + "; ".join(changed) if changed else ""

@@ -1,0 +1,296 @@
+"""Every setting of `fp4conv qat`, once: its YAML with comments, its checks and the command's options derive from it.
+
+Imports nothing heavy, so that the command line can ask it for the options. The defaults are the published recipe of
+NVIDIA's gpt-oss example (docs/qat.md).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from fp4conv.errors import UsageError
+from fp4conv.families import SCOPES
+from fp4conv.formats import BLOCK_FORMATS
+
+if TYPE_CHECKING:
+    from fp4conv.model import JSON
+
+BACKENDS = ("modelopt", "fp4conv")
+SHARDINGS = ("fsdp2", "zero3")
+DTYPES = ("bfloat16", "float32")
+SKIPPABLE = ("sft", "calibrate", "qat", "export", "evaluate")
+
+T = TypeVar("T")
+
+
+def _setting(default: T, section: str, words: str, *, choices: Iterable[str] = (), least: float | None = None) -> T:
+    made: T = field(
+        default=default, metadata={"section": section, "help": words, "choices": tuple(choices), "least": least}
+    )
+    return made
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does. None (null in YAML): the default that the comment names."""
+
+    model: str | None = _setting(None, "What", "The model: a folder or a Hub id; BF16, or MXFP4/NVFP4, which is upcast")
+    dataset: str | None = _setting(
+        None, "What", "JSONL, parquet, a folder of them, or a Hub id; with messages, prompt/completion or text"
+    )
+    format: str | None = _setting(None, "What", "The four-bit format to train for", choices=sorted(BLOCK_FORMATS))
+    output: str | None = _setting(None, "What", "Where everything goes; the same command goes on where it stopped")
+    skip: tuple[str, ...] = _setting((), "What", "Steps to leave out", choices=SKIPPABLE)
+
+    subset: str | None = _setting(None, "Data", "Subset of a Hub dataset")
+    train_split: str = _setting("train", "Data", "Split, or file stem, to train on")
+    test_split: str = _setting("test", "Data", "Split, or file stem, held out; where there is none, see test_size")
+    test_size: float = _setting(0.1, "Data", "Share held out of the training split where there is no test split")
+    max_length: int = _setting(4096, "Data", "Longest example in tokens; what is longer is cut", least=2)
+    packing: bool = _setting(False, "Data", "Pack short examples into sequences of max_length")
+
+    sft_learning_rate: float | None = _setting(None, "SFT", "Default: 2e-5, with lora 2e-4")
+    sft_epochs: float = _setting(1.0, "SFT", "Times through the data")
+    sft_max_steps: int = _setting(-1, "SFT", "Stop after this many optimizer steps; -1: epochs decide")
+
+    quant_cfg: str | None = _setting(
+        None, "Quantisation", "A ModelOpt constant or recipe name. Default: weights only, those that modules selects"
+    )
+    modules: str | None = _setting(
+        None, "Quantisation", "What is quantised. Default: experts for gpt-oss, all for others", choices=SCOPES
+    )
+    include: tuple[str, ...] = _setting((), "Quantisation", "Globs of modules to quantise too")
+    exclude: tuple[str, ...] = _setting((), "Quantisation", "Globs of modules to leave dense")
+    backend: str = _setting(
+        "modelopt",
+        "Quantisation",
+        "Who quantises in training: modelopt needs CUDA, fp4conv runs anywhere",
+        choices=BACKENDS,
+    )
+    calib_samples: int = _setting(128, "Quantisation", "Training examples that calibration sees", least=1)
+
+    qat_learning_rate: float | None = _setting(None, "QAT", "Default: 1e-5, with lora 2e-4")
+    qat_epochs: float = _setting(1.0, "QAT", "Times through the data")
+    qat_max_steps: int = _setting(-1, "QAT", "Stop after this many optimizer steps; -1: epochs decide")
+
+    batch_size: int = _setting(2, "Training", "Examples a device and step", least=1)
+    gradient_accumulation: int = _setting(2, "Training", "Steps whose gradients are added up", least=1)
+    scheduler: str = _setting("cosine_with_min_lr", "Training", "Learning-rate schedule, by transformers' name")
+    min_lr_rate: float = _setting(0.1, "Training", "Floor of the cosine, as a share of the learning rate")
+    warmup: float = _setting(0.03, "Training", "Warm-up: a share of the steps below 1, a number of steps from 1 on")
+    weight_decay: float = _setting(0.0, "Training", "Weight decay of AdamW")
+    max_grad_norm: float = _setting(1.0, "Training", "Gradients are clipped to this norm")
+    dtype: str = _setting("bfloat16", "Training", "Of the masters; float32 computes in BF16 on a GPU", choices=DTYPES)
+    gradient_checkpointing: bool = _setting(True, "Training", "Recompute activations: less memory, more time")
+    attn_implementation: str | None = _setting(
+        None, "Training", "eager, sdpa, flash_attention_3, ... Default: eager for gpt-oss, else transformers' choice"
+    )
+    save_steps: int = _setting(100, "Training", "A checkpoint to go on from every so many steps", least=1)
+    logging_steps: int = _setting(10, "Training", "A point of the loss curve every so many steps", least=1)
+    seed: int = _setting(42, "Training", "Of data order, initialisation and dropout")
+
+    lora: bool = _setting(False, "LoRA", "Train adapters, and merge them, in place of the whole model")
+    lora_rank: int = _setting(8, "LoRA", "Rank", least=1)
+    lora_alpha: float = _setting(16.0, "LoRA", "Alpha: the product is scaled by alpha / rank")
+    lora_dropout: float = _setting(0.0, "LoRA", "Dropout; 0 where expert parameters or quantised layers are trained")
+    lora_modules: tuple[str, ...] = _setting(
+        ("all-linear",), "LoRA", "Linear layers by leaf name (q_proj), or all-linear"
+    )
+    lora_experts: bool = _setting(True, "LoRA", "Adapters on expert parameters too")
+    lora_layers: tuple[int, ...] = _setting((), "LoRA", "Numbers of the layers that get adapters; none: all")
+
+    gpus: int = _setting(1, "Machine", "GPUs of this node; with more than one, accelerate is launched", least=1)
+    sharding: str = _setting("fsdp2", "Machine", "How several GPUs share the model", choices=SHARDINGS)
+
+    layout: str | None = _setting(None, "Export", "Layout of the result, as convert's --layout")
+    max_memory: str = _setting("4GB", "Export", "Memory of the conversions")
+
+    eval_samples: int = _setting(512, "Evaluation", "Held-out examples that are evaluated, at most", least=1)
+    eval_batch_size: int = _setting(8, "Evaluation", "Examples at a time", least=1)
+    max_new_tokens: int = _setting(256, "Evaluation", "Longest answer that is generated", least=1)
+
+    @property
+    def sft_rate(self) -> float:
+        return self.sft_learning_rate or (2e-4 if self.lora else 2e-5)
+
+    @property
+    def qat_rate(self) -> float:
+        return self.qat_learning_rate or (2e-4 if self.lora else 1e-5)
+
+    def values(self) -> dict[str, JSON]:
+        """Every setting by name, as JSON has it."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    about: str
+    values: Mapping[str, object]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "gpt-oss-20b": Preset(
+        "all parameters of gpt-oss-20b: SFT at 2e-5, then QAT at 1e-5, on 8 GPUs of 80 GB",
+        {
+            "model": "openai/gpt-oss-20b",
+            "format": "mxfp4",
+            "attn_implementation": "eager",
+            "gpus": 8,
+            "sharding": "zero3",
+        },
+    ),
+    "gpt-oss-120b-lora": Preset(
+        "adapters on gpt-oss-120b, experts too, at 2e-4, on 8 GPUs of 80 GB",
+        {
+            "model": "openai/gpt-oss-120b",
+            "format": "mxfp4",
+            "attn_implementation": "eager",
+            "lora": True,
+            "batch_size": 1,
+            "gradient_accumulation": 16,
+            "gpus": 8,
+        },
+    ),
+    "small": Preset(
+        "a model of up to about 2 billion parameters on one GPU of 80 GB",
+        {
+            "format": "nvfp4",
+            "batch_size": 8,
+            "gradient_accumulation": 1,
+            "max_length": 2048,
+            "gradient_checkpointing": False,
+        },
+    ),
+}
+
+
+def field_types() -> dict[str, object]:
+    """Name of each setting -> its type, unions and all."""
+    return get_type_hints(Settings)
+
+
+def settings_from(*layers: Mapping[str, object], where: str = "settings") -> Settings:
+    """Settings from mappings, the later ones on top. UsageError for an unknown key or a wrong value, by name."""
+    made = Settings()
+    for layer in layers:
+        made = replace(made, **{key: _checked(key, value, where) for key, value in layer.items()})  # type: ignore[arg-type]
+    _check_together(made)
+    return made
+
+
+def preset(name: str) -> Mapping[str, object]:
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}", hint=f"choose one of {', '.join(PRESETS)}")
+    return PRESETS[name].values
+
+
+def read_yaml(path: Path) -> dict[str, object]:
+    """The settings of a YAML file, unchecked but for their names. UsageError where it cannot be read."""
+    import yaml
+
+    try:
+        found: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot be read: {error}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"is not YAML: {error}", where=str(path)) from error
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UsageError("holds no settings", where=str(path), hint="write `key: value` lines; see --print-config")
+    return {str(key): _checked(str(key), value, str(path)) for key, value in found.items()}
+
+
+def to_yaml(settings: Settings) -> str:
+    """`settings` as a YAML file with a comment to each, which `read_yaml` reads back."""
+    lines = ["# Settings of `fp4conv qat`. Each is an option too: --sft-learning-rate 1e-5."]
+    section = ""
+    for one in fields(settings):
+        if one.metadata["section"] != section:
+            section = one.metadata["section"]
+            lines += ["", f"# {section}"]
+        choices = f" ({', '.join(one.metadata['choices'])})" if one.metadata["choices"] else ""
+        lines.append(f"{one.name}: {_yaml_value(getattr(settings, one.name))}  # {one.metadata['help']}{choices}")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml_value(value: object) -> str:
+    import yaml
+
+    if isinstance(value, float):
+        text = repr(value)
+        # YAML 1.1 takes 2e-05 for a string: it wants a point in the mantissa.
+        return text if "e" not in text or "." in text else text.replace("e", ".0e")
+    return str(yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000)).removesuffix("...\n").strip()
+
+
+def _plain(value: object) -> JSON:
+    return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
+
+
+def _checked(key: str, value: object, where: str) -> object:
+    known = {one.name: one for one in fields(Settings)}
+    if key not in known:
+        near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+        raise UsageError(
+            f"there is no setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where=where,
+            hint="fp4conv qat --print-config lists them all",
+        )
+    made = _typed(key, value, field_types()[key], where)
+    _check_range(known[key], made, where)
+    return made
+
+
+def _typed(key: str, value: object, kind: object, where: str) -> object:
+    """`value` as the type of the setting wants it; whole numbers do for fractions, one word for a list of one."""
+    wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None and type(None) in wanted:
+        return None
+    for one in wanted:
+        if get_origin(one) is tuple:
+            items = list(value) if isinstance(value, (list, tuple)) else [value]
+            return tuple(_typed(key, item, get_args(one)[0], where) for item in items)
+        if one is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if isinstance(one, type) and isinstance(value, one) and not (one is int and isinstance(value, bool)):
+            return value
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    expected = " or ".join(names.get(one, "null") for one in wanted if isinstance(one, type))
+    raise UsageError(f"{key} is {value!r}, expected {expected}", where=where)
+
+
+def _check_range(one: Field[object], value: object, where: str) -> None:
+    choices, least = one.metadata["choices"], one.metadata["least"]
+    for item in value if isinstance(value, tuple) else (value,):
+        if choices and item is not None and item not in choices:
+            near = difflib.get_close_matches(str(item), choices, n=1)
+            raise UsageError(
+                f"{one.name} is {item!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                where=where,
+                hint=f"choose one of {', '.join(choices)}",
+            )
+    if least is not None and isinstance(value, (int, float)) and value < least:
+        raise UsageError(f"{one.name} is {value}, expected at least {least:g}", where=where)
+
+
+def _check_together(settings: Settings) -> None:
+    if not 0 < settings.test_size < 1:
+        raise UsageError(f"test_size is {settings.test_size}, expected a share between 0 and 1")
+    for name in ("sft_learning_rate", "qat_learning_rate", "sft_epochs", "qat_epochs"):
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} is {value}, expected more than 0")
+    if settings.lora and settings.lora_dropout and settings.lora_experts:
+        raise UsageError(
+            "lora_dropout is set, but factors of expert parameters are added to the weights, where nothing drops out",
+            hint="--lora-dropout 0, or --no-lora-experts",
+        )

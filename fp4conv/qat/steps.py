@@ -1,0 +1,238 @@
+"""The steps of a run, each from folders into folders: upcast, sft, calibrate, qat, export. Each can be done again.
+
+Owns what a step does, and no word of the order, the journal or the report (`run`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp4conv.commands.convert import convert, plan_conversion
+from fp4conv.errors import PlanError, UsageError
+from fp4conv.model import Stored
+from fp4conv.qat import launch
+from fp4conv.qat.adapters import targets_of
+from fp4conv.qat.backend import Batch
+from fp4conv.qat.checks import check_forward, check_saved, check_shared
+from fp4conv.qat.data import load_data
+from fp4conv.qat.evaluate import batches
+from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
+from fp4conv.qat.quantising import backend_of, recipe_of
+from fp4conv.qat.targets import choose
+from fp4conv.qat.train import CHECKPOINTS, SAVED, Job, Trained
+
+if TYPE_CHECKING:
+    from fp4conv.model import Model
+    from fp4conv.qat.settings import Settings
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the steps of the run in `root` put what they make."""
+
+    root: Path
+
+    @property
+    def upcast(self) -> Path:
+        return self.root / "upcast"
+
+    @property
+    def sft(self) -> Path:
+        return self.root / "sft"
+
+    @property
+    def quantizers(self) -> Path:
+        return self.root / "quantizers"
+
+    @property
+    def qat(self) -> Path:
+        return self.root / "qat"
+
+    @property
+    def ptq(self) -> Path:
+        return self.root / "ptq"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+
+def dense_format(settings: Settings) -> str:
+    return "bf16" if settings.dtype == "bfloat16" else "f32"
+
+
+def needs_upcast(model: Model, settings: Settings) -> bool:
+    """Whether transformers would not load the source as it is in the dtype of training, tensor for tensor."""
+    return (
+        model.layout != "hf"
+        or model.format_name != dense_format(settings)
+        or any(not isinstance(weight.value, Stored) for weight in model.weights)
+    )
+
+
+def upcast(source: str | Path, places: Places, settings: Settings) -> None:
+    convert(
+        source,
+        places.upcast,
+        to=dense_format(settings),
+        hints=False,
+        max_memory=settings.max_memory,
+        overwrite=places.upcast.exists(),
+    )
+
+
+def sft(source: Path, places: Places, settings: Settings) -> Trained:
+    trained = launch.run(Job("sft", str(source), str(places.sft)), settings)
+    _keep(source, places.sft, settings)
+    return trained
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """`names`: the quantised parameters. `values`: how many were compared with the codec; equal but for `notes`."""
+
+    names: tuple[str, ...]
+    values: int
+    notes: tuple[str, ...]
+
+
+def calibrate(source: Path, places: Places, settings: Settings) -> Calibrated:
+    """Fake quantisers for the model in `source`, with their amax, checked on its weights, into places.quantizers."""
+    backend, recipe = backend_of(settings), recipe_of(settings)
+    model = load_model(source, settings)
+    model.eval()
+    backend.prepare(model, recipe)
+    if backend.calibrates(recipe):
+        skipped = "calibrate" in settings.skip
+        backend.calibrate(model, iter(()) if skipped else _calibration(source, settings))
+    names = tuple(name for name, _ in backend.weights(model))
+    if not names:
+        raise PlanError(
+            "nothing to quantise was found",
+            where=str(settings.model),
+            hint="name the modules with --modules or --include; list them with: fp4conv inspect SRC --headers-only",
+        )
+    check_shared(backend.quantized(model))
+    report = check_forward(backend.quantized(model))
+    backend.save(model, _anew(places.quantizers))
+    del model
+    free()
+    return Calibrated(names, report.values, tuple(report.notes))
+
+
+def _calibration(source: Path, settings: Settings) -> Iterator[Batch]:
+    """The first `calib_samples` training examples, as batches on the model's device."""
+    tokenizer = load_tokenizer(source)
+    examples = load_data(settings, tokenizer).train[: settings.calib_samples]
+    for batch in batches(examples, settings.eval_batch_size, tokenizer.pad_token_id, device()):
+        yield {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def qat(source: Path, places: Places, settings: Settings) -> Trained:
+    trained = launch.run(Job("qat", str(source), str(places.qat), str(places.quantizers)), settings)
+    _keep(source, places.qat, settings)
+    return trained
+
+
+def _keep(source: Path, out: Path, settings: Settings) -> None:
+    """Make out/model: what the trainer saved, or with LoRA the source with the adapter merged; compared by name."""
+    model = out / "model"
+    convert(
+        source if settings.lora else out / SAVED,
+        model,
+        to=dense_format(settings),
+        hints=False,
+        max_memory=settings.max_memory,
+        overwrite=model.exists(),
+        lora=[out / SAVED] if settings.lora else [],
+        merge_rounding="training" if settings.lora else None,
+    )
+    check_saved(model, source)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def export(source: Path, places: Places, settings: Settings, names: tuple[str, ...]) -> None:
+    """The real four-bit checkpoint of what was trained; of a source without quantisers (PTQ), by the same selection."""
+    trained = source == places.qat / "model"
+    if trained:
+        shutil.copytree(places.quantizers, source, dirs_exist_ok=True)
+    chosen = None if trained else selection(parsed(source), names)
+    quantise(source, places.export, str(settings.format), settings, chosen)
+
+
+def quantise(source: Path, out: Path, to: str, settings: Settings, chosen: Selected | None) -> None:
+    """Convert the dense model in `source` to the block format `to`: what `chosen` says, or what training did."""
+    convert(
+        source,
+        out,
+        to=to,
+        layout=settings.layout if to == settings.format else None,
+        modules="all" if chosen else None,
+        include=chosen.taken if chosen else (),
+        exclude=chosen.left if chosen else (),
+        hints=False,
+        max_memory=settings.max_memory,
+        overwrite=out.exists(),
+    )
+
+
+def check_model(source: Path, settings: Settings) -> None:
+    """Raise what LoRA and the export would of the names and shapes of `source`, before anything is trained.
+
+    The model is made without its values. What only ModelOpt can tell, a recipe of its own, is left to `calibrate`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    if settings.lora:
+        targets_of(model, settings, ())
+    if settings.backend == "modelopt" and settings.quant_cfg is not None:
+        return
+    names = tuple(target.weight for target in choose(model, recipe_of(settings)))
+    chosen = selection(parsed(source), names)
+    plan_conversion(
+        source,
+        to=str(settings.format),
+        layout=settings.layout,
+        modules="all",
+        include=chosen.taken,
+        exclude=chosen.left,
+        hints=False,
+    )
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Modules that are quantised, and all other modules that have a matrix."""
+
+    taken: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def selection(model: Model, names: tuple[str, ...]) -> Selected:
+    """The modules of a checkpoint that the quantisers on parameters `names` lie on."""
+    globs = [_module_glob(name) for name in names]
+    matrices = [weight.module for weight in model.weights if weight.is_matrix]
+    taken = [module for module in matrices if any(fnmatchcase(module, glob) for glob in globs)]
+    if not taken:
+        raise UsageError("none of the quantised parameters is in the checkpoint", where=model.source.name)
+    return Selected(tuple(taken), tuple(sorted(set(matrices) - set(taken))))
+
+
+def _module_glob(parameter: str) -> str:
+    """'….experts.gate_up_proj' may be a module an expert in the checkpoint; a linear layer's name is its own."""
+    path, _, leaf = parameter.rpartition(".")
+    return path if leaf == "weight" else f"{path}.*"
+
+
+def _anew(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,180 @@
+"""One training run: SFT, or QAT on fake quantisers, with trl's trainer; in a lone process or one of several.
+
+Owns the trainer's arguments, going on from a checkpoint, and what is written at the end. What a run starts from and
+what happens with its result is `steps`' business.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp4conv.qat.adapters import with_adapters
+from fp4conv.qat.data import Data, load_data
+from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
+from fp4conv.qat.progress import progress
+from fp4conv.qat.quantising import backend_of
+
+if TYPE_CHECKING:
+    import transformers
+    from trl import SFTConfig
+
+    from fp4conv.qat.settings import Settings
+
+CHECKPOINTS = "checkpoints"
+SAVED = "saved"  # what the trainer saved: a model, or with LoRA an adapter
+RESULT = "training.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of kind 'sft' or 'qat' from the dense model in `source` into the folder `out`.
+
+    `quantizers`: the folder that a backend saved its calibrated quantisers in; None: train without any.
+    """
+
+    kind: str
+    source: str
+    out: str
+    quantizers: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`curve`: (optimizer step, training loss, in nats). `tokens` were seen, padding left out, over all processes."""
+
+    curve: tuple[tuple[int, float], ...]
+    steps: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+
+
+def train(job: Job, settings: Settings) -> Trained:
+    """Train, or go on from the last checkpoint; the result is in `job.out`/saved when this returns."""
+    started = time.monotonic()
+    quiet()
+    tokenizer = load_tokenizer(Path(job.source))
+    data = load_data(settings, tokenizer)
+    with peak_memory() as peak:
+        trainer = _trainer(job, settings, tokenizer, data)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(job.out)))
+        trainer.save_model(str(Path(job.out) / SAVED))
+    state = trainer.state
+    trained = Trained(
+        curve=tuple((int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry),
+        steps=int(state.global_step),
+        tokens=int(state.num_input_tokens_seen),
+        seconds=time.monotonic() - started,
+        peak_bytes=peak["bytes"],
+    )
+    if trainer.is_world_process_zero():
+        (Path(job.out) / RESULT).write_text(json.dumps(asdict(trained)), encoding="utf-8")
+    return trained
+
+
+def _trainer(
+    job: Job, settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase, data: Data
+) -> transformers.Trainer:
+    import datasets
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    transformers_seed(settings.seed)
+    model: torch.nn.Module = load_model(Path(job.source), settings)
+    trainer: type = SFTTrainer
+    quantized: list[str] = []
+    if job.quantizers is not None:
+        backend = backend_of(settings)
+        backend.load(model, Path(job.quantizers))
+        quantized = [name for name, _ in backend.weights(model)]
+        trainer = backend.trainer()
+    if settings.lora:
+        model = with_adapters(model, settings, quantized)
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": [list(e.ids) for e in data.train], "labels": [e.labels for e in data.train]}
+    )
+    made: transformers.Trainer = trainer(
+        model=model, args=_arguments(job, settings), train_dataset=rows, processing_class=tokenizer
+    )
+    made.remove_callback(PrinterCallback)
+    made.add_callback(progress(job.kind))
+    return made
+
+
+def transformers_seed(seed: int) -> None:
+    from transformers import set_seed
+
+    set_seed(seed)
+
+
+def _arguments(job: Job, settings: Settings) -> SFTConfig:
+    from trl import SFTConfig
+
+    sft = job.kind == "sft"
+    cuda = torch.cuda.is_available()
+    floor = {"min_lr_rate": settings.min_lr_rate} if settings.scheduler == "cosine_with_min_lr" else {}
+    return SFTConfig(
+        output_dir=str(Path(job.out) / CHECKPOINTS),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.sft_epochs if sft else settings.qat_epochs,
+        max_steps=settings.sft_max_steps if sft else settings.qat_max_steps,
+        learning_rate=settings.sft_rate if sft else settings.qat_rate,
+        lr_scheduler_type=settings.scheduler,
+        lr_scheduler_kwargs=floor,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        # BF16 masters compute in BF16 without autocast; several processes keep F32 masters, as does float32.
+        bf16=cuda and (settings.dtype == "float32" or distributed()),
+        use_cpu=not cuda,
+        **_checkpointing(settings),
+        max_length=settings.max_length,
+        packing=settings.packing,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=True,
+        seed=settings.seed,
+        dataloader_pin_memory=cuda,
+    )
+
+
+def _checkpointing(settings: Settings) -> dict[str, object]:
+    """transformers 5.15 and later call it activation checkpointing, and warn of the old name."""
+    from trl import SFTConfig
+
+    names = {one.name for one in fields(SFTConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    if not settings.gradient_checkpointing:
+        return {name: False}
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = out / CHECKPOINTS
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def read_result(out: Path) -> Trained:
+    """What `train` wrote down in the folder of a run, whichever process it was."""
+    found = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    return Trained(
+        tuple((int(step), float(loss)) for step, loss in found["curve"]),
+        int(found["steps"]),
+        int(found["tokens"]),
+        float(found["seconds"]),
+        int(found["peak_bytes"]),
+    )

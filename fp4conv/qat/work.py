@@ -1,0 +1,156 @@
+"""The steps of one run, wired: what each starts from, what it leaves for the next, what the journal keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from fp4conv.errors import SourceError, UsageError
+from fp4conv.model import JSON
+from fp4conv.qat import steps
+from fp4conv.qat.data import load_data
+from fp4conv.qat.evaluate import Score
+from fp4conv.qat.machine import machine
+from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
+from fp4conv.qat.quantising import backend_of, recipe_of
+from fp4conv.qat.report import Report, versions, write_report
+from fp4conv.qat.scoring import Scoring, rows_of
+from fp4conv.qat.train import Trained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp4conv.qat.run import Done
+    from fp4conv.qat.settings import Settings
+
+
+class Work:
+    """One run in settings.output. `tell` gets a line at each step."""
+
+    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._tell = tell
+        self._places = steps.Places(Path(str(settings.output)))
+
+    def check(self) -> None:
+        """Everything that can be wrong and be known without loading the model, before minutes are spent."""
+        settings = self._settings
+        quiet()
+        if settings.gpus > 1 and torch.cuda.device_count() < settings.gpus:
+            raise UsageError(
+                f"--gpus {settings.gpus}, but torch sees {torch.cuda.device_count()}",
+                hint="leave --gpus out to train in one process",
+            )
+        backend_of(settings).check(recipe_of(settings))
+        self._source = _local(str(settings.model))
+        model = parsed(self._source)
+        check_memory(model, settings)
+        data = load_data(settings, load_tokenizer(self._source))
+        answers = "" if data.has_answers else ", no answers (only prompt/completion rows have them)"
+        self._tell(f"{len(data.train):,} examples to train on, {len(data.test):,} held out; {data.kind}{answers}")
+        self._upcasts = steps.needs_upcast(model, settings)
+        if not self._upcasts:
+            steps.check_model(self._source, settings)
+
+    def run(self, done: Done) -> Report:
+        settings, places = self._settings, self._places
+        base = self._source
+        curves: dict[str, Trained] = {}
+        if self._upcasts:
+            self._once(done, "upcast", "decoding the model", self._upcast)
+            base = places.upcast
+            steps.check_model(base, settings)
+        tuned = base
+        if "sft" not in settings.skip:
+            facts = self._once(done, "sft", "fine-tuning", lambda: asdict(steps.sft(base, places, settings)))
+            curves["sft"], tuned = _trained(facts), places.sft / "model"
+        quantised = self._once(
+            done, "calibrate", "putting fake quantisers on", lambda: asdict(steps.calibrate(tuned, places, settings))
+        )
+        names = tuple(str(name) for name in cast("list[JSON]", quantised["names"]))
+        last = tuned
+        if "qat" not in settings.skip:
+            facts = self._once(done, "qat", "training them on", lambda: asdict(steps.qat(tuned, places, settings)))
+            curves["qat"], last = _trained(facts), places.qat / "model"
+        scoring = Scoring(base, tuned, places, settings, names)
+        comparison: Mapping[str, JSON] | None = None
+        if "export" not in settings.skip:
+            self._once(done, "export", f"exporting to {settings.format}", lambda: self._export(last, names))
+            if "qat" not in settings.skip:
+                comparison = self._once(
+                    done, "compare", "comparing the export with what was trained", lambda: scoring.compare().to_json()
+                )
+        rows: dict[str, tuple[Score, float]] = {}
+        if "evaluate" not in settings.skip:
+            for row in rows_of(settings, trained="qat" not in settings.skip):
+                rows[row] = self._score(done, scoring, row)
+        report = Report(settings, rows, curves, quantised, comparison, done.seconds, machine(), versions())
+        for note in write_report(report, places):
+            self._tell(note)
+        return report
+
+    def _once(self, done: Done, step: str, words: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:
+        if not done.has(step):
+            self._tell(words)
+        return done.once(step, work)
+
+    def _score(self, done: Done, scoring: Scoring, row: str) -> tuple[Score, float]:
+        facts = self._once(done, f"evaluate {row}", f"evaluating: {row}", lambda: asdict(scoring.score(row)))
+        return _score(facts), _number(facts["seconds"])
+
+    def _upcast(self) -> Mapping[str, JSON]:
+        steps.upcast(self._source, self._places, self._settings)
+        return {}
+
+    def _export(self, last: Path, names: tuple[str, ...]) -> Mapping[str, JSON]:
+        steps.export(last, self._places, self._settings, names)
+        return {}
+
+
+def _local(model: str) -> Path:
+    """The folder of the model: as named, or a snapshot of the Hub's."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise SourceError(
+            f"is no folder, and cannot be had from the Hub: {str(error).splitlines()[0]}",
+            where=model,
+            hint="give a folder, or a Hub id (org/name); private models need: hf auth login",
+        ) from error
+
+
+def _number(value: JSON) -> float:
+    assert isinstance(value, (int, float)), "the journal's own facts"
+    return float(value)
+
+
+def _trained(facts: Mapping[str, JSON]) -> Trained:
+    curve = cast("list[list[float]]", facts["curve"])
+    numbers = {name: _number(facts[name]) for name in ("steps", "tokens", "seconds", "peak_bytes")}
+    return Trained(
+        tuple((int(step), loss) for step, loss in curve),
+        int(numbers["steps"]),
+        int(numbers["tokens"]),
+        numbers["seconds"],
+        int(numbers["peak_bytes"]),
+    )
+
+
+def _score(facts: Mapping[str, JSON]) -> Score:
+    passed, asked = facts["passed"], facts["asked"]
+    return Score(
+        _number(facts["loss"]),
+        int(_number(facts["tokens"])),
+        None if passed is None else int(_number(passed)),
+        None if asked is None else int(_number(asked)),
+    )

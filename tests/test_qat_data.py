@@ -1,0 +1,131 @@
+"""Datasets for qat: what kinds there are, what their loss is over, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from fp4conv.errors import Fp4convError
+from fp4conv.qat.data import IGNORED, Data, load_data
+from fp4conv.qat.made import Task, tokenizer_for, write_task
+from fp4conv.qat.settings import Settings, settings_from
+
+WORDS = ["user", "assistant", ":", *"abcdefgh"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+TOKENIZER = tokenizer_for(WORDS)
+IDS = TOKENIZER.get_vocab()
+
+
+def write(path: Path, *rows: Mapping[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, **options: object) -> Data:
+    return load_data(settings_from({"dataset": str(path), "max_length": 32, **options}), TOKENIZER)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(IDS[word] for word in text.split())
+
+
+def test_of_prompt_and_completion_the_loss_is_over_the_completion(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *[{"prompt": "a b", "completion": " c d"}] * 4)
+    data = load(path)
+    example = data.train[0]
+    assert example.ids == ids("<s> a b c d </s>")
+    assert example.labels == [IGNORED] * 3 + list(ids("c d </s>"))
+    assert (data.kind, example.answer, data.has_answers) == ("prompt/completion", " c d", True)
+
+
+def test_of_text_the_loss_is_over_all(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "d.jsonl", *[{"text": "a b"}] * 4))
+    assert data.train[0].labels == list(ids("<s> a b </s>"))
+    assert not data.has_answers
+
+
+def test_chats_go_through_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = load(write(tmp_path / "d.jsonl", *[{"messages": chat}] * 4))
+    assert data.train[0].ids == ids("user : a assistant : b")
+    data = load(write(tmp_path / "e.jsonl", *[{"prompt": chat[:1], "completion": chat[1:]}] * 4))
+    assert data.train[0].labels == [IGNORED] * 5 + list(ids("b"))
+    assert data.train[0].answer == "b"
+
+
+def test_a_folder_has_its_splits_by_name_and_parquet_reads_the_same(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    write_task(tmp_path / "json", Task(rules=2, prime=5, length=2))
+    (tmp_path / "parquet").mkdir()
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (tmp_path / "json" / f"{name}.jsonl").read_text().splitlines()]
+        pandas.DataFrame(rows).to_parquet(tmp_path / "parquet" / f"{name}.parquet")
+    assert load(tmp_path / "json") == load(tmp_path / "parquet")
+
+
+def test_without_a_test_split_a_share_is_held_out_and_the_same_one_each_time(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *[{"text": " ".join("abcdefgh"[: 1 + i % 8])} for i in range(20)])
+    data = load(path, test_size=0.25)
+    assert (len(data.train), len(data.test)) == (15, 5)
+    assert data == load(path, test_size=0.25)
+
+
+def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *[{"prompt": "a b c d", "completion": " e"}] * 4)
+    assert len(load(path, max_length=6).train[0].ids) == 6
+    with pytest.raises(Fp4convError, match="no example has a token to learn within max_length 3"):
+        load(path, max_length=3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a", "answer": "b"}] * 3, r"has the columns question, answer; expected messages; or prompt and"),
+        ([{"prompt": "a"}] * 3, "has the columns prompt"),
+        ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "has no chat template"),
+        ([{"text": 7}] * 3, "row 0: text is int, expected text"),
+        ([{"text": "a"}, {"words": "a"}, {"text": "a"}], "row [01]: has no text, which other rows have"),
+        ([{"text": "a"}], "nothing is left to hold out"),
+        ([], "has no rows"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path: Path, rows: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(Fp4convError, match=message):
+        load(write(tmp_path / "d.jsonl", *rows))
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Fp4convError, match=r"holds no \.jsonl"):
+        load(tmp_path / "empty")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(Fp4convError, match=r"torn.jsonl, line 2: is not JSON"):
+        load(tmp_path / "torn.jsonl")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(Fp4convError, match="cannot be read as parquet"):
+        load(tmp_path / "torn.parquet")
+    with pytest.raises(Fp4convError, match="there is no such file or folder"):
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(Fp4convError, match=r"has no split 'training'; it has test, train\n  --train-split train"):
+        load(_folder(tmp_path), train_split="training")
+
+
+def _folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for name in ("train", "test"):
+        write(folder / f"{name}.jsonl", *[{"text": "a"}] * 3)
+    return folder
+
+
+def test_defaults_hold_no_dataset() -> None:
+    assert Settings().dataset is None

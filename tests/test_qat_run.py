@@ -1,0 +1,362 @@
+"""`fp4conv qat`, the whole of it, on models and a task that are made here. Goldens: NumPy, transformers and peft."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
+
+import fp4conv
+from fp4conv.cli import main
+from fp4conv.errors import Fp4convError
+from fp4conv.qat import launch
+from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
+from fp4conv.qat.settings import settings_from
+from fp4conv.qat.train import Job
+
+TASK = Task(rules=4, prime=13, length=6)
+QUICK: Mapping[str, object] = {
+    "backend": "fp4conv",
+    "sft_max_steps": 8,
+    "qat_max_steps": 4,
+    "batch_size": 16,
+    "gradient_accumulation": 1,
+    "gradient_checkpointing": False,
+    "sft_learning_rate": 4e-3,
+    "qat_learning_rate": 1e-3,
+    "logging_steps": 2,
+    "eval_batch_size": 4,
+}
+GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+@dataclass(frozen=True)
+class Run:
+    root: Path
+    words: tuple[str, ...]
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    @property
+    def report(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads((self.out / "report.json").read_text())
+        return found
+
+
+def make(root: Path, family: str = "gpt-oss") -> None:
+    write_task(root / "data", TASK)
+    write_model(root / "model", TASK, family=family)
+
+
+def options(**settings: object) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def command(root: Path, **settings: object) -> tuple[str, ...]:
+    known = {"dataset": root / "data", "output": root / "out"}
+    return ("qat", str(root / "model"), *options(**{**known, **QUICK, **settings}))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """gpt-oss to MXFP4, once: the first example of `fp4conv qat --help`, made quick."""
+    root = tmp_path_factory.mktemp("gpt-oss")
+    make(root)
+    places = {"gpt-oss-20b": root / "model", "my.jsonl": root / "data", "my-run": root / "out"}
+    example = next(line for line in (main.commands["qat"].epilog or "").splitlines() if "my.jsonl" in line)
+    run = Run(root, (*(str(places.get(word, word)) for word in example.split()[1:]), *options(**QUICK)))
+    result = CliRunner().invoke(main, run.words)
+    assert result.exit_code == 0, result.output
+    return run
+
+
+def mxfp4(values: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float64]:
+    """MXFP4 by the smallest scale that does not saturate, ties to even, in float64: what the forward pass uses."""
+    blocks = np.moveaxis(values.astype(np.float64), axis, -1)
+    shape = blocks.shape
+    blocks = blocks.reshape(-1, 32)
+    amax = np.abs(blocks).max(1, keepdims=True)
+    mantissa, exponent = np.frexp(amax / 6)
+    scale = np.where(amax > 0, np.exp2(np.where(mantissa == 0.5, exponent - 1, exponent)), 1.0)
+    places = np.abs(blocks) / scale
+    lower = np.searchsorted(GRID, places, side="right") - 1
+    upper = np.minimum(lower + 1, 7)
+    below, above = places - GRID[lower], GRID[upper] - places
+    up = (above < below) | ((above == below) & (lower % 2 == 1))
+    rounded = np.where(up, GRID[upper], GRID[lower]) * np.sign(blocks) * scale
+    return np.moveaxis(rounded.reshape(shape), -1, axis)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.tensor([tokenizer_for(TASK.words())("rule1 5 7 11 rule2 3")["input_ids"]])
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+def test_the_export_in_transformers_has_the_logits_of_the_trained_masters_quantised_by_numpy(done: Run) -> None:
+    masters = AutoModelForCausalLM.from_pretrained(
+        done.out / "qat" / "model", dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    for name, parameter in masters.named_parameters():
+        if ".experts." in name and parameter.ndim == 3:
+            quantised = mxfp4(parameter.detach().float().numpy(), axis=1)
+            parameter.data.copy_(torch.from_numpy(quantised))
+    exported = AutoModelForCausalLM.from_pretrained(
+        done.out / "export",
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        quantization_config=Mxfp4Config(dequantize=True),
+    )
+    assert torch.equal(logits(masters), logits(exported))
+    untrained = AutoModelForCausalLM.from_pretrained(done.root / "model", attn_implementation="eager")
+    assert not torch.equal(logits(untrained).float(), logits(exported).float())
+
+
+def test_the_table_has_every_model_and_the_export_scores_as_the_model_in_training(done: Run) -> None:
+    rows = done.report["rows"]
+    assert isinstance(rows, list)
+    by_name = {row["name"]: row for row in rows}
+    assert list(by_name) == ["original", "sft", "sft + ptq mxfp4", "sft + ptq nvfp4", "sft + qat", "exported"]
+    assert by_name["sft + qat"]["loss"] == by_name["exported"]["loss"] < by_name["original"]["loss"]
+    assert all(row["asked"] == len(TASK.rows()[1]) for row in rows)
+    assert (done.out / "report.html").read_text().count("Plotly.newPlot") == 1
+    card = (done.out / "export" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "| sft + qat |" in card
+
+
+def test_done_again_nothing_is_done_and_the_table_is_the_same(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = done.report
+    monkeypatch.setattr("fp4conv.qat.steps.launch.run", None)
+    monkeypatch.setattr("fp4conv.qat.steps.convert", None)
+    result = CliRunner().invoke(main, [*done.words, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == before
+
+
+def test_other_settings_are_refused_by_name_and_machine_settings_are_not(done: Run) -> None:
+    result = CliRunner().invoke(main, [*done.words, "--qat-learning-rate", "2e-3"])
+    assert result.exit_code == 1
+    assert "qat_learning_rate was 0.001, is 0.002" in result.output
+    assert CliRunner().invoke(main, [*done.words, "--save-steps", "7"]).exit_code == 0
+
+
+class Stop(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C after a step of training."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        if state.global_step == self.step:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+
+def test_stopped_in_training_it_goes_on_from_the_checkpoint(
+    tmp_path: Path, done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of SFT, and again in QAT: the same command ends with the same bytes as without a stop."""
+    from fp4conv.qat import train
+
+    (tmp_path / "model").symlink_to(done.root / "model")
+    (tmp_path / "data").symlink_to(done.root / "data")
+    words = [*command(tmp_path, format="mxfp4", save_steps=2), "--skip", "evaluate"]
+    started: list[int] = []
+
+    def stopped(at: int) -> None:
+        monkeypatch.setattr(train, "progress", lambda _: Stop(at))
+        assert CliRunner().invoke(main, words).exit_code == 130
+
+    stopped(5)
+    stopped(3)  # SFT goes on from step 4, and is done; QAT is stopped at 3
+
+    class Seen(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
+            started.append(state.global_step)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(train, "progress", lambda _: Seen())
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert started == [2]
+    assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset": "nowhere.jsonl"}, "there is no such file or folder"),
+        ({"gpus": 2}, "--gpus 2, but torch sees 0"),
+        ({"backend": "modelopt"}, "--backend fp4conv"),
+        ({"quant_cfg": "MXFP4_DEFAULT_CFG"}, "only the experts are quantised"),
+        ({"include": "*.nothing"}, "matches no module"),
+        ({"lora": True, "lora_experts": False, "lora_modules": "none"}, "no layer matches lora_modules none"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(
+    tmp_path: Path, done: Run, changed: dict[str, object], message: str
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the messages are those of a machine without a GPU")
+    words = ["qat", str(done.root / "model"), *options(**{**QUICK, "format": "mxfp4", "dataset": done.root / "data"})]
+    result = CliRunner().invoke(main, [*words, "--output", str(tmp_path / "out"), *options(**changed)])
+    assert result.exit_code in (1, 2), result.output
+    assert message in result.output
+    assert not (tmp_path / "out" / "sft").exists()
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers(
+    tmp_path: Path, done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp4conv.qat.models.prod", lambda _: 10**9)
+    result = CliRunner().invoke(main, command(done.root, format="mxfp4", output=tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "training takes at least" in result.output
+    assert "--lora" in result.output
+
+
+def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else object())
+    result = CliRunner().invoke(main, command(tmp_path, format="mxfp4"))
+    assert result.exit_code == 2
+    assert "training needs trl" in result.output
+    assert "pip install 'fp4conv[qat]'" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt-oss", {"format": "nvfp4"}),
+        ("gpt-oss", {"format": "nvfp4", "quant_cfg": "NVFP4_DEFAULT_CFG", "dtype": "float32"}),
+        ("gpt-oss", {"format": "mxfp4", "lora": True, "gradient_checkpointing": True}),
+        ("llama", {"format": "mxfp4"}),
+        ("llama", {"format": "nvfp4", "quant_cfg": "NVFP4_DEFAULT_CFG"}),
+        ("llama", {"format": "nvfp4", "lora": True, "lora_layers": 1}),
+        ("qwen3-moe", {"format": "nvfp4"}),
+        ("qwen3-moe", {"format": "mxfp4", "lora": True}),
+        ("llama", {"format": "mxfp4", "skip": "sft", "modules": "mlp"}),
+        ("llama", {"format": "nvfp4", "skip": "qat"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_each_family_format_and_way(tmp_path: Path, family: str, settings: dict[str, object]) -> None:
+    make(tmp_path, family)
+    result = CliRunner().invoke(main, [*command(tmp_path, **settings), "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    rows = {row["name"]: row for row in report["rows"]}
+    if "skip" not in settings:
+        assert rows["sft + qat"]["loss"] == rows["exported"]["loss"]
+        assert rows["sft"]["loss"] < rows["original"]["loss"]
+    if settings.get("skip") != "qat":
+        assert report["export"]["largest"] == 0
+        assert (report["export"]["quantized_inputs"] == 0) == (settings.get("quant_cfg") == "NVFP4_DEFAULT_CFG")
+    with fp4conv.open(tmp_path / "out" / "export") as exported, fp4conv.open(tmp_path / "model") as source:
+        assert set(exported.names) == set(source.names)
+
+
+@pytest.mark.slow
+def test_merged_adapters_are_the_weights_that_the_forward_pass_had(tmp_path: Path) -> None:
+    """peft's own forward pass, on the model that QAT started from, against the merged masters: the same logits."""
+    from peft import PeftModel
+
+    make(tmp_path)
+    words = command(tmp_path, format="mxfp4", lora=True, lora_modules="none", skip="evaluate")
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "sft" / "model", attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "qat" / "saved", autocast_adapter_dtype=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "qat" / "model", attn_implementation="eager")
+    assert torch.equal(logits(adapted), logits(merged))
+
+
+@pytest.mark.slow
+def test_a_native_mxfp4_model_is_decoded_first(tmp_path: Path, done: Run) -> None:
+    """The export of one run is the model of the next."""
+    result = CliRunner().invoke(
+        main,
+        [
+            *("qat", str(done.out / "export"), "--output", str(tmp_path / "out"), "--json"),
+            *options(**{**QUICK, "format": "mxfp4", "dataset": done.root / "data"}),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    before = {row["name"]: row for row in done.report["rows"]}  # type: ignore[attr-defined]
+    assert rows["original"]["loss"] == before["exported"]["loss"]
+
+
+@pytest.mark.slow
+def test_killed_outright_at_each_step_it_goes_on(tmp_path: Path, done: Run) -> None:
+    """SIGKILL as soon as each step has begun; at last the weights are those of a run that nobody disturbed."""
+    (tmp_path / "model").symlink_to(done.root / "model")
+    (tmp_path / "data").symlink_to(done.root / "data")
+    words = [sys.executable, "-m", "fp4conv", *command(tmp_path, format="mxfp4", save_steps=2)]
+    for step in ("fine-tuning", "putting fake", "training them on", "exporting", "comparing", "evaluating: sft + ptq"):
+        with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(step):
+                    time.sleep(0.3)
+                    os.kill(process.pid, signal.SIGKILL)
+                    break
+    finished = subprocess.run(words, check=False, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "fine-tuning" not in finished.stderr
+    assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "qat"])
+def test_two_processes_train_on_processors_with_gloo(tmp_path: Path, done: Run, kind: str) -> None:
+    settings = settings_from(QUICK, {"dataset": str(done.root / "data"), "format": "mxfp4", "gpus": 2})
+    quantizers = str(done.out / "quantizers") if kind == "qat" else None
+    trained = launch.launch(Job(kind, str(done.root / "model"), str(tmp_path), quantizers), settings, cpu=True)
+    assert trained.steps == (8 if kind == "sft" else 4)
+    assert trained.curve[0][1] > trained.curve[-1][1]
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_what_accelerate_is_told() -> None:
+    fsdp = launch.accelerate_config(settings_from({"gpus": 4}))
+    assert (fsdp["distributed_type"], fsdp["num_processes"], fsdp["fsdp_config"]["fsdp_version"]) == ("FSDP", 4, 2)  # type: ignore[index]
+    zero = launch.accelerate_config(settings_from({"gpus": 8, "sharding": "zero3", "gradient_accumulation": 3}))
+    assert zero["deepspeed_config"]["zero_stage"] == 3  # type: ignore[index]
+    assert zero["deepspeed_config"]["gradient_accumulation_steps"] == 3  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_processes_that_fail_are_an_error(tmp_path: Path, done: Run) -> None:
+    settings = settings_from(QUICK, {"dataset": str(tmp_path / "none.jsonl"), "format": "mxfp4", "gpus": 1})
+    with pytest.raises(Fp4convError, match="ended with exit code"):
+        launch.launch(Job("sft", str(done.root / "model"), str(tmp_path)), settings, cpu=True)

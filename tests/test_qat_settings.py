@@ -1,0 +1,109 @@
+"""The settings of qat: one table, from which the YAML, its checks and the options follow."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fp4conv.cli import main
+from fp4conv.commands.qat import settings_of
+from fp4conv.errors import UsageError
+from fp4conv.qat.settings import PRESETS, Settings, settings_from, to_yaml
+
+
+def test_printed_config_is_yaml_that_reads_back_as_the_same_settings(tmp_path: Path) -> None:
+    chosen = replace(
+        Settings(), dataset="a: b#c.jsonl", sft_learning_rate=2e-5, lora_layers=(0, 7), include=("*.q_proj",)
+    )
+    file = tmp_path / "qat.yaml"
+    file.write_text(to_yaml(chosen))
+    assert settings_of({}, config=file) == chosen
+
+
+def test_every_setting_has_its_comment_in_the_config_and_an_option() -> None:
+    printed = CliRunner().invoke(main, ["qat", "--print-config"]).output
+    assert set(yaml.safe_load(printed)) == {one.name for one in fields(Settings)}
+    assert all("  # " in line for line in printed.splitlines() if line and not line.startswith("#"))
+    options = {option for parameter in main.commands["qat"].params for option in parameter.opts}
+    assert {f"--{one.name.replace('_', '-')}" for one in fields(Settings)} - options == {"--model"}
+
+
+def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "qat.yaml"
+    file.write_text("lora_rank: 4\ngpus: 2\n")
+    made = settings_of({"gpus": 1}, config=file, preset_name="gpt-oss-120b-lora")
+    assert (made.gpus, made.lora_rank, made.model, made.lora) == (1, 4, "openai/gpt-oss-120b", True)
+
+
+def test_an_option_reaches_the_settings() -> None:
+    words = [
+        "qat",
+        "M",
+        "--print-config",
+        "--lora",
+        "--lora-layers",
+        "1",
+        "--lora-layers",
+        "2",
+        "--qat-learning-rate",
+        "3e-6",
+    ]
+    found = yaml.safe_load(CliRunner().invoke(main, words).output)
+    assert (found["model"], found["lora"], found["lora_layers"], found["qat_learning_rate"]) == (
+        "M",
+        True,
+        [1, 2],
+        3e-6,
+    )
+
+
+def test_the_published_learning_rates_are_the_defaults() -> None:
+    assert (Settings().sft_rate, Settings().qat_rate) == (2e-5, 1e-5)
+    assert (Settings(lora=True).sft_rate, Settings(lora=True).qat_rate) == (2e-4, 2e-4)
+    assert (Settings().scheduler, Settings().min_lr_rate, Settings().dtype) == ("cosine_with_min_lr", 0.1, "bfloat16")
+    assert Settings().gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name: str) -> None:
+    assert settings_of({}, preset_name=name).format in {"mxfp4", "nvfp4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("qat_learning_rat: 1e-5", "did you mean 'qat_learning_rate'"),
+        ("Format: mxfp4", "did you mean 'format'"),
+        ("format: mxfp5", "did you mean 'mxfp4'"),
+        ("sft_epochs: much", "expected a number"),
+        ("batch_size: 0", "at least 1"),
+        ("batch_size: 1.5", "expected a whole number"),
+        ("lora: 1", "expected true or false"),
+        ("skip: [sft, bake]", "'bake'"),
+        ("qat_learning_rate: -1", "expected more than 0"),
+        ("test_size: 1", "between 0 and 1"),
+        ("- a list", "holds no settings"),
+        ("a: b: c", "is not YAML"),
+        ("{lora: true, lora_dropout: 0.1}", "--no-lora-experts"),
+    ],
+)
+def test_a_wrong_config_is_an_error_that_says_what(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "qat.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        settings_of({}, config=file)
+    assert message in str(error.value)
+
+
+def test_numbers_as_yaml_1_1_reads_them_are_numbers() -> None:
+    """1e-5 without a point is a string to YAML 1.1; people write it."""
+    assert settings_from({"qat_learning_rate": yaml.safe_load("1e-5")}).qat_learning_rate == 1e-5
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(UsageError, match="there is no preset 'tiny'"):
+        settings_of({}, preset_name="tiny")
