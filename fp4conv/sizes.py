@@ -40,3 +40,9 @@ def format_size(nbytes: float) -> str:
     if unit == "B":
         return f"{nbytes:.0f} B"
     return f"{nbytes:.{2 if nbytes < 9.995 else 1 if nbytes < 99.95 else 0}f} {unit}"
+
+
+def as_option(nbytes: int) -> str:
+    """A size to type, rounded up to three figures or so: '5.21GB', '34MB'."""
+    unit, name = (10**7, "GB") if nbytes >= 10**9 else (10**4, "MB")
+    return f"{-(-nbytes // unit) / 100:g}{name}"

@@ -17,7 +17,7 @@ from fp4conv.errors import PlanError
 from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Output, Plan, Reciprocal, ScaleOf, Step
 from fp4conv.safetensors_io import TensorRef
-from fp4conv.sizes import format_size
+from fp4conv.sizes import as_option, format_size
 
 # The names of the journal, so that no tensor's name can be taken for a set's.
 STEP, SCALE = "step ", "scale "
@@ -168,7 +168,7 @@ def disk_bound(plan: Plan, source_bytes: Mapping[str, int], asked: int | None, *
         return 2 * least
     if asked < least:
         raise PlanError(
-            f"--max-disk {format_size(asked)} is too little: the shards that one step needs take {format_size(least)}",
-            hint=f"give at least --max-disk {-(-least // 1_000_000)}MB, or a smaller --max-shard-size",
+            f"--max-disk {format_size(asked)} is too little: files that are needed together take {format_size(least)}",
+            hint=f"the least that works is --max-disk {as_option(least)}; a smaller --max-shard-size needs less",
         )
     return asked

@@ -177,6 +177,7 @@ class _Answered(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is written in two parts: the second would wait for an acknowledgement
     server: _Server
     record: Request
     fault: Fault | None

@@ -50,6 +50,7 @@ FLOORS = {
     "training_rules": 5,
     "checks": 6,
     "pipeline": 6,
+    "publishing": 6,
     "report": 6,
     "commands": 7,
     "qat": 7,

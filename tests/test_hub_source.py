@@ -163,7 +163,7 @@ def test_headers_plan_and_dry_run_cost_kilobytes(hub: Hub, large: Path, tmp_path
     assert plan["disk_needed_bytes"] > weights
     shown = cli("convert", "owner/model", str(tmp_path / "out"), "--to", "nvfp4", "--dry-run").output
     assert commit in shown
-    assert re.search(r"stream +with --stream, --max-disk \d+MB is enough", shown)
+    assert re.search(r"stream +with --stream, --max-disk [\d.]+MB is enough", shown)
 
 
 def test_only_what_is_needed_comes_down(hub: Hub, reference: Reference, tmp_path: Path) -> None:

@@ -232,5 +232,5 @@ def test_a_bound_below_the_smallest_is_refused(dense: Path) -> None:
     least = smallest_disk(plan, {})
     assert disk_bound(plan, {}, least) == least
     assert disk_bound(plan, {}, None) == 2 * least
-    with pytest.raises(PlanError, match=rf"give at least --max-disk {-(-least // 1_000_000)}MB"):
+    with pytest.raises(PlanError, match=f"the least that works is --max-disk {-(-least // 10**4) / 100:g}MB"):
         disk_bound(plan, {}, least - 1)

@@ -23,7 +23,7 @@ _RULES = [rule.value for rule in ScaleRule]
     )
 )
 @click.argument("src", metavar="SRC")
-@click.argument("dst", metavar="DST")
+@click.argument("dst", metavar="[DST]", required=False)
 @click.option(
     "--to",
     required=True,
@@ -87,18 +87,25 @@ _RULES = [rule.value for rule in ScaleRule]
 @click.option(
     "--stream",
     is_flag=True,
-    help="SRC is on the Hub: keep no copy of it; each file goes when nothing needs it any longer.",
+    help="Keep no copy of a SRC on the Hub: each file goes when nothing needs it any longer. With --push-to-hub the "
+    "files of the result go too, when they are there: then no DST is needed, and nothing stays.",
 )
 @click.option(
     "--max-disk",
     metavar="SIZE",
     help="With --stream: the most that SRC and DST take on the disk together. --dry-run says the least that works.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace DST; the old one stays until the new one is whole.")
+@click.option("--push-to-hub", metavar="REPO", help="Publish the result in this repository on the Hub, whole or not.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace DST, and the model in REPO; the old one stays until the new one is whole.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def convert(src: str, dst: str, **options: object) -> None:
+def convert(src: str, dst: str | None, **options: object) -> None:
     """Convert the checkpoint in SRC into DST, shard by shard, within a fixed memory.
 
     SRC is a folder, or a repository on the Hub: org/name, org/name@revision, hf://org/name/folder. Its files are
@@ -109,7 +116,7 @@ def convert(src: str, dst: str, **options: object) -> None:
     run(src, dst, **options)  # type: ignore[arg-type]
 
 
-def run(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **options: object) -> None:
+def run(src: str, dst: str | None, *, dry_run: bool, quiet: bool, as_json: bool, **options: object) -> None:
     from fp4conv.commands import convert as command
 
     if dry_run:
@@ -124,6 +131,7 @@ def run(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **opti
             on_bytes=meter.advance,
             on_resume=meter.resume,
             on_fetch=meter.fetched,
+            on_upload=meter.uploaded,
             **options,  # type: ignore[arg-type]
         )
     if as_json:
@@ -135,9 +143,10 @@ def run(src: str, dst: str, *, dry_run: bool, quiet: bool, as_json: bool, **opti
     warn(result.warnings, quiet)
 
 
-def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, object]) -> None:
+def _dry_run(src: str, dst: str | None, as_json: bool, quiet: bool, options: dict[str, object]) -> None:
     from fp4conv.commands import convert as command
     from fp4conv.commands.fetching import Fetching
+    from fp4conv.commands.publishing import Push, check_repository, place_of
     from fp4conv.plan import peak_bytes
     from fp4conv.report.terminal import plan_view
 
@@ -145,18 +154,23 @@ def _dry_run(src: str, dst: str, as_json: bool, quiet: bool, options: dict[str, 
     threads, memory = command.resources(options.pop("workers"), options.pop("max_memory"))  # type: ignore[arg-type]
     overwrite, stream = bool(options.pop("overwrite")), bool(options.pop("stream"))
     max_disk: str | None = options.pop("max_disk")  # type: ignore[assignment]
+    repo: str | None = options.pop("push_to_hub")  # type: ignore[assignment]
+    push = Push.of(repo, private=bool(options.pop("private")), overwrite=overwrite, stream=stream)
+    place = place_of(dst, push)
     plan = command.plan_conversion(src, **options)  # type: ignore[arg-type]
     bound = peak_bytes(plan, memory, threads)
-    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk)
+    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk, published=push is not None)
     command.check_destination(
         plan,
-        dst,
+        place,
         command=words("--dry-run"),
         repair=bool(options["repair"]),
         hints=bool(options["hints"]),
         overwrite=overwrite,
     )
-    result = command.dry_run_result(plan, dst, time.monotonic() - started, bound, fetching)
+    if push is not None:
+        check_repository(push)
+    result = command.dry_run_result(plan, place, time.monotonic() - started, bound, fetching)
     if as_json:
         print_json(result.to_json())
         return

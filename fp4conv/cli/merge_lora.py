@@ -12,9 +12,9 @@ from fp4conv.formats import TARGETS
 @click.command("merge-lora", epilog=epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"))
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
-@click.argument("dst", metavar="DST")
+@click.argument("dst", metavar="[DST]", required=False)
 @click.option("--to", type=click.Choice(TARGETS), help="Number format of the result. Default: that of BASE.")
-def merge_lora(base: str, adapter: str, dst: str, *, to: str | None, **options: object) -> None:
+def merge_lora(base: str, adapter: str, dst: str | None, *, to: str | None, **options: object) -> None:
     """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
 
     The same as convert BASE DST --lora ADAPTER, with BASE's own format unless --to is given. What the adapter does

@@ -6,12 +6,13 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from tqdm import tqdm
 
     from fp4conv.commands.fetching import Fetching
     from fp4conv.plan import Plan
@@ -62,6 +63,7 @@ class Meter:
         self._start_at: Callable[[int], object] = lambda _: None
         self._fetch: Callable[[int], object] = lambda _: None
         self._close: Callable[[], None] = lambda: None
+        self._upload: tqdm[NoReturn] | None = None
 
     def plan(self, plan: Plan, fetching: Fetching) -> None:
         self.start(plan.bytes_read, f"to {plan.target}", download=fetching.total_bytes)
@@ -102,8 +104,19 @@ class Meter:
     def resume(self, nbytes: int) -> None:
         self._start_at(nbytes)
 
+    def uploaded(self, nbytes: int, total: int) -> None:
+        """A second bar: `nbytes` of the result, of `total`, are on the Hub."""
+        if self._upload is None:
+            from tqdm import tqdm
+
+            disable = True if self._quiet else None
+            self._upload = tqdm(total=total, unit="B", unit_scale=True, desc="upload", initial=nbytes, disable=disable)
+        self._upload.update(nbytes - self._upload.n)
+
     def __enter__(self) -> Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
+        if self._upload is not None:
+            self._upload.close()

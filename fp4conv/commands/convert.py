@@ -10,12 +10,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from fp4conv.checks.own import check_result
 from fp4conv.commands.fetching import Fetching
+from fp4conv.commands.publishing import Push, place_of, publish, publishing
 from fp4conv.errors import UsageError
 from fp4conv.formats import MergeRounding, ScaleRule, Ties
 from fp4conv.hints.values import BESIDE
@@ -62,7 +64,7 @@ class _PlanOptions(TypedDict):
 
 def convert(
     source: str | Path,
-    destination: str | Path,
+    destination: str | Path | None = None,
     *,
     to: str,
     layout: str | None = None,
@@ -81,6 +83,8 @@ def convert(
     merge_rounding: MergeRounding | str | None = None,
     hints: bool = True,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     stream: bool = False,
     max_disk: int | str | None = None,
     command: str | None = None,
@@ -88,14 +92,17 @@ def convert(
     on_bytes: Callable[[int], None] | None = None,
     on_resume: Callable[[int], None] | None = None,
     on_fetch: Callable[[int], None] | None = None,
+    on_upload: Callable[[int, int], None] | None = None,
 ) -> ConvertResult:
     """Convert the checkpoint in `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in folder `destination`.
 
     `source` is a folder or a repository on the Hub ('org/name', 'org/name@revision', 'hf://org/name/folder'). The
     arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
     `on_bytes` the bytes of the source as they are done, `on_resume` (or else `on_bytes`) first those that an earlier
-    run has done, `on_fetch` the bytes that come from the Hub. Memory stays within `max_memory`. A run that was stopped
-    goes on when called again with the same arguments. Raises the errors of fp4conv.errors.
+    run has done, `on_fetch` the bytes that come from the Hub, `on_upload` the bytes of the result that are there, and
+    those in all. Memory stays within `max_memory`. A run that was stopped goes on when called again with the same
+    arguments. With `push_to_hub` and `stream` nothing stays here, and `destination`, or else a folder called after the
+    repository, is only the place to work in. Raises the errors of fp4conv.errors.
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)
@@ -115,11 +122,13 @@ def convert(
         merge_rounding=merge_rounding,
         hints=hints,
     )
-    typed = command or _command_line(source, destination, options)
-    pins = pins_of(Path(destination), typed if overwrite else None)
+    push = Push.of(push_to_hub, private=private, overwrite=overwrite, stream=stream, on_bytes=on_upload)
+    place = place_of(destination, push)
+    typed = command or _command_line(source, destination, options, push, max_disk)
+    pins = pins_of(place, typed if overwrite else None)
     plan = settle(plan_conversion(source, **options, pins=pins), repair=repair, hints=hints)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
-    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk)
+    fetching = Fetching.of(plan, stream=stream, max_disk=max_disk, published=push is not None)
     if on_plan:
         on_plan(plan, fetching)
     # Compiled kernels: only a run pays for them.
@@ -128,40 +137,47 @@ def convert(
     from fp4conv.pipeline.supply import bring_adapters, bring_hints, remove_source
 
     for adapter in plan.model.adapters:
-        check_apart(Places.of(Path(destination)), adapter.root)
+        check_apart(Places.of(place), adapter.root)
     with stage(
-        Path(destination),
+        place,
         fingerprint=plan.fingerprint,
         command=typed,
         pins=plan.model.pins,
-        nbytes=fetching.disk_bytes(Path(destination)),
+        nbytes=fetching.disk_bytes(place),
         source_root=plan.model.source.root,
         overwrite=overwrite,
     ) as out:
-        outcome = whole_already(plan, out)
-        if outcome is None:
-            bring_adapters(plan)
-            if fetching.limit is None:
-                bring_hints(plan)
-            check_hints(plan)
-            outcome = run(
-                plan,
-                out,
-                max_memory=memory,
-                workers=threads,
-                progress=on_bytes,
-                resumed=on_resume,
-                supply=fetching.supply(out, on_fetch),
-                max_disk=fetching.limit,
-            )
-            remove_source(out)
-            write_files(plan, out)
-            write_hints(plan, out, outcome.results)
-        check_result(plan, out.root)
-        noted = hint_bytes(plan, out)
-        out.commit()
-    seconds, hints_found = time.monotonic() - started, hints_result(plan, noted, outcome)
-    return _result(plan, str(destination), seconds, outcome.results, hints_found, bytes_read=outcome.bytes_read)
+        with publishing(push, plan, out, typed) as publication:
+            outcome = whole_already(plan, out)
+            if outcome is None:
+                bring_adapters(plan)
+                if fetching.limit is None:
+                    bring_hints(plan)
+                check_hints(plan)
+                outcome = run(
+                    plan,
+                    out,
+                    max_memory=memory,
+                    workers=threads,
+                    progress=on_bytes,
+                    resumed=on_resume,
+                    taker=publication,
+                    supply=fetching.supply(out, on_fetch),
+                    max_disk=fetching.limit,
+                )
+                remove_source(out)
+                write_files(plan, out)
+                write_hints(plan, out, outcome.results)
+            check_result(plan, out.root)
+            hints_found = hints_result(plan, hint_bytes(plan, out), outcome)
+            result = _result(plan, str(place), 0.0, outcome.results, hints_found, bytes_read=outcome.bytes_read)
+            if push is not None and publication is not None:
+                result = publish(push, publication, out, plan, result=result, command=typed)
+        if push is not None and push.drop:
+            out.drop()
+        else:
+            out.commit()
+    return replace(result, seconds=time.monotonic() - started)
 
 
 def plan_conversion(
@@ -262,9 +278,15 @@ def write_files(plan: Plan, out: Staging) -> None:
         out.write_file(file.name, content)
 
 
-def _command_line(source: str | Path, destination: str | Path, options: _PlanOptions) -> str:
+def _command_line(
+    source: str | Path,
+    destination: str | Path | None,
+    options: _PlanOptions,
+    push: Push | None,
+    max_disk: int | str | None,
+) -> str:
     """What a user types to get the same bytes: for the journal, and for the message of a run that stopped."""
-    words = ["fp4conv", "convert", str(source), str(destination)]
+    words = ["fp4conv", "convert", str(source), *([] if destination is None else [str(destination)])]
     for key, given in options.items():
         option = "--for" if key == "for_server" else "--" + key.replace("_", "-")
         if isinstance(given, bool):
@@ -273,7 +295,9 @@ def _command_line(source: str | Path, destination: str | Path, options: _PlanOpt
             continue
         for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
             words += [option, str(value.value if isinstance(value, Enum) else value)]
-    return shlex.join(words)
+    return shlex.join(
+        [*words, *(push.words if push else ()), *([] if max_disk is None else ["--max-disk", str(max_disk)])]
+    )
 
 
 _Choice = TypeVar("_Choice", bound=Enum)

@@ -34,24 +34,32 @@ class Fetching:
     limit: int | None = None
 
     @classmethod
-    def of(cls, plan: Plan, *, stream: bool = False, max_disk: int | str | None = None) -> Fetching:
-        """UsageError for options that do not fit together, PlanError for a bound that is too small."""
+    def of(
+        cls, plan: Plan, *, stream: bool = False, max_disk: int | str | None = None, published: bool = False
+    ) -> Fetching:
+        """UsageError for options that do not fit together, PlanError for a bound that is too small.
+
+        `published`: with --stream, files of the result go as well.
+        """
         pinned = plan.model.source.pinned
         if max_disk is not None and not stream:
             raise UsageError("--max-disk bounds what --stream keeps", hint="add --stream")
-        if pinned is None:
+        if pinned is None and not published:
             if stream:
-                raise UsageError("--stream is for a SRC on the Hub; this one is a folder")
+                found = "--stream has nothing to let go of: SRC is a folder, and DST stays"
+                raise UsageError(found, hint="give a SRC on the Hub, or add --push-to-hub")
             return cls(plan)
-        whole = source_bytes(plan, pinned, streamed=False)
-        missing = sum(nbytes for name, nbytes in whole.items() if not in_cache(pinned, name))
-        streamed = source_bytes(plan, pinned, streamed=True)
-        least = smallest_disk(plan, streamed, result_stays=True)
+        whole = source_bytes(plan, pinned, streamed=False) if pinned else {}
+        missing = sum(nbytes for name, nbytes in whole.items() if pinned and not in_cache(pinned, name))
+        streamed = source_bytes(plan, pinned, streamed=True) if pinned else {}
+        least = smallest_disk(plan, streamed, result_stays=not published)
         limit = None
         if stream:
-            # Without a bound: room for two more files, so that downloading seldom has to wait.
-            asked = parse_size(str(max_disk)) if max_disk is not None else least + 2 * max(streamed.values(), default=0)
-            limit = disk_bound(plan, streamed, asked, result_stays=True)
+            # Without a bound: room for two more files of each side, so that neither has to wait often.
+            leaving = [shard.nbytes for shard in plan.shards.values()] if published else []
+            ample = least + 2 * max(streamed.values(), default=0) + 2 * max(leaving, default=0)
+            asked = parse_size(str(max_disk)) if max_disk is not None else ample
+            limit = disk_bound(plan, streamed, asked, result_stays=not published)
         return cls(plan, pinned, sum(whole.values()), missing, least, limit)
 
     def disk_bytes(self, destination: Path) -> int:
@@ -73,8 +81,8 @@ class Fetching:
         return self.plan.disk_bytes
 
     def forecast(self) -> DownloadForecast | None:
-        """For a dry run; None for a local source."""
-        if self.pinned is None:
+        """For a dry run; None where nothing comes and nothing goes."""
+        if self.pinned is None and self.limit is None:
             return None
         return DownloadForecast(self.missing_bytes, self.total_bytes - self.missing_bytes, self.least, self.limit)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def merge_lora(
     base: str | Path,
     adapter: str | Path | Sequence[str | Path],
-    destination: str | Path,
+    destination: str | Path | None = None,
     *,
     to: str | None = None,
     **options: object,

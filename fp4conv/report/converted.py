@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from fp4conv.model import JSON
+from fp4conv.publishing.published import Published
 from fp4conv.report.hints import HintsResult
 from fp4conv.servers import Verdict
 
@@ -22,7 +23,10 @@ class ForwardDifference:
 
 @dataclass(frozen=True)
 class DownloadForecast:
-    """What comes from the Hub and what the cache has of it; --max-disk: the smallest that works, and the one given."""
+    """What comes from the Hub and what the cache has of it; --max-disk: the smallest that works, and the one kept to.
+
+    Also of a result that is published while it is made, from a local source: then nothing comes.
+    """
 
     download_bytes: int
     cached_bytes: int
@@ -63,6 +67,7 @@ class ConvertResult:
     tensor that adapters changed, with the norm of the change relative to that of the tensor before, None where it
     was replaced or not measured. `beside_sqnr_db`: of quantised linear layers whose adapter was trained beside them
     (LoRA-QAT), against Q(W) + B A. `commits`: repository@revision -> commit, of all that came from the Hub.
+    `published`: where on the Hub the result is.
     """
 
     source: str
@@ -87,6 +92,7 @@ class ConvertResult:
     warnings: tuple[str, ...]
     commits: Mapping[str, str] = field(default_factory=dict)
     forecast: Forecast | None = None
+    published: Published | None = None
 
     def to_json(self) -> dict[str, JSON]:
         return {
@@ -110,6 +116,7 @@ class ConvertResult:
             "servers": [_verdict_json(verdict) for verdict in self.servers],
             "warnings": list(self.warnings),
             "commits": dict(self.commits),
+            "published": self.published.to_json() if self.published else None,
             "dry_run": self.forecast is not None,
             **(self.forecast.to_json() if self.forecast else {}),
         }

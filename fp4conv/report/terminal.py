@@ -16,10 +16,11 @@ from fp4conv.families import EXCLUDED
 from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.hints.values import BESIDE
 from fp4conv.plan import Action, Plan
+from fp4conv.publishing.published import Published
 from fp4conv.report.converted import ConvertResult, DownloadForecast, Forecast
 from fp4conv.report.hints import HintsResult, part_bytes
 from fp4conv.servers import Verdict
-from fp4conv.sizes import format_size
+from fp4conv.sizes import as_option, format_size
 from fp4conv.training_rules import taken_as
 
 _VERBS = {
@@ -77,7 +78,8 @@ def plan_view(plan: Plan, *, forecast: Forecast) -> RenderableType:
     if words := _kept_words(plan):
         facts.add_row("hints", words)
     if forecast.download is not None:
-        facts.add_row("download", _download_words(forecast.download))
+        if model.source.pinned is not None:
+            facts.add_row("download", _download_words(forecast.download))
         facts.add_row("stream", _stream_words(forecast.download))
     needed, free = forecast.disk_needed_bytes, forecast.disk_free_bytes
     disk = Text(f"needs {format_size(needed)}, {format_size(free)} free")
@@ -97,7 +99,7 @@ def _download_words(download: DownloadForecast) -> str:
 
 def _stream_words(download: DownloadForecast) -> str:
     """The bound of --stream, or what it could be: source and result together."""
-    least = f"{-(-download.least_max_disk_bytes // 1_000_000)}MB"
+    least = as_option(download.least_max_disk_bytes)
     if download.max_disk_bytes is None:
         return f"with --stream, --max-disk {least} is enough for source and result"
     return f"source and result take at most {format_size(download.max_disk_bytes)}; the least is --max-disk {least}"
@@ -173,6 +175,8 @@ def convert_view(result: ConvertResult) -> RenderableType:
     for asked, commit in result.commits.items():
         facts.add_row("commit", f"{commit} of {asked}")
     facts.add_row("written", f"{result.destination}  ({result.format}, {result.layout} layout)")
+    if result.published:
+        facts.add_row("published", published_words(result.published))
     facts.add_row("tensors", f"{result.converted:,} converted, {result.copied:,} copied")
     if result.merged:
         facts.add_row("merged", merge_words(result))
@@ -184,6 +188,12 @@ def convert_view(result: ConvertResult) -> RenderableType:
     if words := hint_words(result.hints):
         facts.add_row("hints", words)
     return Group(facts, Text(), *merged_view(result), *servers_view(result.servers))
+
+
+def published_words(published: Published) -> str:
+    """Where the model is, how it came there, and what had to go."""
+    gone = f"; {len(published.deleted)} older files were removed" if published.deleted else ""
+    return f"{published.url}  ({published.files} files, by {published.pull_request}{gone})"
 
 
 def merge_words(result: ConvertResult) -> str:

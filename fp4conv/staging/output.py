@@ -50,6 +50,17 @@ class Staging:
             self.started = True
             self._pending.append((key, dict(payload)))
 
+    def note(self, key: str, payload: Mapping[str, JSON]) -> None:
+        """Journal at once what has no bytes here that would have to be on the disk first."""
+        with self._lock:
+            self.started = True
+            self.finished = {**self.finished, key: dict(payload)}
+            try:
+                self._journal.append_done([(key, payload)])
+            except OSError as error:
+                where = str(self.root / JOURNAL_NAME)
+                raise OutputError(f"cannot be written: {error.strerror}", where=where) from error
+
     def forget(self, keys: Collection[str]) -> None:
         """Take steps of earlier runs back: their bytes are gone. On the disk before this returns."""
         if not keys:
@@ -110,6 +121,16 @@ class Staging:
             raise OutputError(
                 f"cannot be completed: {error.strerror}", where=str(error.filename or self.root)
             ) from error
+        self._journal.close()
+        self._left = True
+
+    def drop(self) -> None:
+        """Remove the folder: what was made in it is somewhere else. Call it last, in place of `commit`."""
+        assert not self._left, "the end comes once"
+        try:
+            discard(self._places, self._made)
+        except OSError as error:
+            raise OutputError(f"cannot be removed: {error.strerror}", where=str(self.root)) from error
         self._journal.close()
         self._left = True
 
