@@ -36,8 +36,8 @@ class Fault:
     """What goes wrong with the next `times` requests that `where` is found in, as 'GET /org/name/resolve/...'.
 
     `status`: answered by this instead. `cut_after`: the connection ends after so many bytes of the body. `shorter`:
-    the body lacks so many bytes, and says so. `flip`: this byte of the file is another. `etag`: in place of the
-    true one. `pause`: seconds before each 64 KiB. `until`: nothing is sent before it is set.
+    the body lacks so many bytes, and says so. `flip`: this byte of the file is another. `etag`: what the ETag begins
+    with, in place of the true one. `pause`: seconds before each 64 KiB. `until`: nothing is sent before it is set.
     """
 
     where: str
@@ -198,8 +198,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.record)
         self._body: bytes | None = None
         try:
-            if self.fault and self.fault.until:
-                self.fault.until.wait(30)
+            if self.fault and self.fault.until and not self.fault.until.wait(60):
+                raise Refused(400, message="nobody set what this request was waiting for")
             if self.fault and self.fault.status:
                 raise Refused(self.fault.status, message="a fault on purpose")
             self._route()
@@ -404,7 +404,8 @@ class _Handler(BaseHTTPRequestHandler):
             head = {"X-Repo-Commit": commit.sha, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             self.reply(404, head, {"error": "Entry not found"})
             return
-        etag = f'"{(self.fault and self.fault.etag) or (blob.sha256 if blob.lfs else self.hub.store.oid(blob))}"'
+        changed = f"{self.fault.etag}{blob.sha256[:8]}" if self.fault and self.fault.etag else ""
+        etag = f'"{changed or (blob.sha256 if blob.lfs else self.hub.store.oid(blob))}"'
         head = {"X-Repo-Commit": commit.sha, "ETag": etag}
         if not blob.lfs:
             self._send_content(self.hub.store.path(blob.sha256), head)

@@ -6,6 +6,7 @@ One place, so that reading, downloading and publishing explain the same refusal 
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
@@ -37,7 +38,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     if error.__cause__ is not None and _only_wraps(error):
         return is_transient(error.__cause__)
-    return _is_network(error)
+    return _is_network(error) or _sizes(error) is not None
 
 
 def explain(error: BaseException, repo: str, where: str, kind: type[Refusal]) -> Refusal:
@@ -110,9 +111,10 @@ def _of_machine(error: BaseException) -> Words:
             f"{constants.ENDPOINT} cannot be reached: {_one_line(error)}",
             "Check the connection and HF_ENDPOINT. What is in the cache already can be used with HF_HUB_OFFLINE=1.",
         )
-    if "Consistency check failed" in str(error):
+    sizes = _sizes(error)
+    if sizes is not None:
         return (
-            f"what came down has another size than the Hub promised: {_one_line(error)}",
+            f"what came down has {int(sizes[1]):,} bytes, the Hub said {int(sizes[0]):,}",
             "A proxy may have cut it short. Run the same command again.",
         )
     return (
@@ -136,6 +138,12 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, ConnectionError) or any(
         found.__name__ in ("TransportError", "StreamError") for found in type(error).__mro__
     )
+
+
+def _sizes(error: BaseException) -> tuple[str, str] | None:
+    """(bytes promised, bytes that came), where that is what huggingface_hub complains about."""
+    found = re.search(r"should be of size (\d+) but has size (\d+)", str(error))
+    return (found[1], found[2]) if found else None
 
 
 def _one_line(error: BaseException) -> str:
