@@ -78,7 +78,7 @@ def downloads(hub: Hub, since: int = 0) -> Counter[str]:
 
 
 def least(source: str = "owner/model", **options: object) -> int:
-    plan = plan_conversion(source, **(options or OPTIONS))  # type: ignore[arg-type]
+    plan = plan_conversion(source, **(options or OPTIONS))
     return Fetching.of(settle(plan, repair=False, hints=True)).least
 
 
