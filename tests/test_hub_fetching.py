@@ -286,7 +286,7 @@ def test_a_bound_that_is_too_small_is_refused_with_the_one_that_works(
     refused = CliRunner().invoke(main, [*words, "--max-disk", str(least() - 1)])
     assert refused.exit_code == 1
     assert not (tmp_path / "out.partial").exists()
-    named = re.search(r"--max-disk (\d+MB)", refused.output.split("give at least")[1])
+    named = re.search(r"--max-disk ([\d.]+[MG]B)", refused.output.split("least that works")[1])
     assert named is not None
     done = CliRunner().invoke(main, [*words, "--max-disk", named[1]])
     assert done.exit_code == 0, done.output
