@@ -225,7 +225,7 @@ def test_details_by_mouse_by_keyboard_and_by_address(look: Callable[..., Seen]) 
     assert bars[1][0] == pytest.approx(100 * facts.values.codes[15] / sum(facts.values.codes))
     seen.tab.keyboard.press("ArrowRight")
     seen.tab.wait_for_selector("#details h2:text-is('model.layers.3.input_layernorm.weight')")
-    assert seen.fact("SQNR") == "exact"
+    assert seen.fact("SQNR") == "same"
     seen.tab.keyboard.press("Escape")
     assert not seen.tab.is_visible("#details")
     assert "#" not in seen.tab.url
@@ -299,7 +299,7 @@ def test_a_conversion_is_chosen_and_shown_everywhere(look: Callable[..., Seen]) 
     assert seen.tab.evaluate("document.activeElement.getAttribute('aria-label')") == "nvfp4, amax"
     expected = [next(e.error.sqnr_db for e in f.estimates if e.rule == "amax") for f in model.tensors if f.estimates]
     shown = seen.tab.eval_on_selector_all(
-        "#rows tr[data-row] td:nth-child(8)", "cells => cells.map((c) => c.innerText)"
+        "#rows tr[data-row] td:nth-child(7)", "cells => cells.map((c) => c.innerText)"
     )
     assert [text for text in shown if text] == [f"{value:.2f}" for value in expected][: sum(map(bool, shown))]
     assert "nvfp4, amax" in seen.tab.inner_text("#error-lead")
@@ -420,7 +420,7 @@ def test_checkpoints_that_other_tools_wrote(
         assert seen.fact("Size").endswith(f"({facts.bytes:,} B)")
         if facts.error:
             shown = seen.fact("SQNR")
-            assert shown == (f"{facts.error.sqnr_db:.2f} dB" if facts.error.differ else "exact")
+            assert shown == (f"{facts.error.sqnr_db:.2f} dB" if facts.error.differ else "same")
         offers = {(estimate.format, estimate.rule): f"{estimate.error.sqnr_db:.2f}" for estimate in facts.estimates}
         cells = seen.tab.eval_on_selector_all(
             "#details tbody tr", "rows => rows.map((row) => [...row.cells].map((cell) => cell.innerText))"

@@ -225,7 +225,7 @@ function drawBoth(rows, measure, layers, kinds, pick) {
     xgap: layers.length > 80 ? 0 : 2,
     ygap: 2,
     colorscale: colours.heat.map((colour, place) => [place / 2, colour]),
-    colorbar: { thickness: 10, outlinewidth: 0, title: { text: "dB", side: "top" }, len: 1, ypad: 4 },
+    colorbar: { thickness: 10, outlinewidth: 0, title: { text: "dB", side: "top" }, len: 1, ypad: 4, nticks: 4 },
     hoverongaps: false,
   };
   const layout = frame({

@@ -43,10 +43,10 @@ function number(value, figures = 3) {
   return text.replaceAll("-", MINUS);
 }
 
-/** Two decimals; 'exact' where every value is the same number, which is more than that no difference adds up. */
+/** Two decimals; 'same' where every value is the same number, which is more than that no difference adds up. */
 function decibels(error, unit = "") {
   const value = sqnr(error);
-  if (value === Infinity) return error.differ ? "∞" : "exact";
+  if (value === Infinity) return error.differ ? "∞" : "same";
   return (value === -Infinity ? "-∞" : value.toFixed(2) + unit).replace("-", MINUS);
 }
 

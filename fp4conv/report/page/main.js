@@ -45,11 +45,11 @@ function offerMeasures(found, chosen, choose) {
   sayMeasure(found[chosen]);
 }
 
-function sayMeasure({ total, name, of }) {
+function sayMeasure({ total, name }) {
   const lead = byId("error-lead");
   if (total === null) {
     lead.textContent = `No tensor has an error of ${name}.`;
-  } else if (!total.differ) {
+  } else if (!total.differ && !total.noise) {
     lead.textContent = `Of ${name}: every value is equal.`;
   } else {
     lead.textContent = `Of ${name}: ${decibels(total, " dB")} over ${short(total.values)} values. Each 6 dB more halve the error. Tensors that are equal are not counted.`;

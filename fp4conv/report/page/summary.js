@@ -50,7 +50,7 @@ function card(title, value, note = null, attributes = {}) {
   return el(
     "div",
     { class: "card", ...attributes },
-    el("h3", {}, title),
+    el("p", { class: "label" }, title),
     el("p", { class: "value" }, value),
     note && el("p", { class: "detail" }, note),
   );
@@ -72,7 +72,7 @@ function showCards(model, found) {
 function errorCards(found) {
   if (!found.length || found[0].format || !found[0].total) return [];
   const { total, all } = found[0];
-  const rest = total.differ ? `${decibels(all, " dB")} with tensors that are equal` : "every value is equal";
+  const rest = total.differ ? `${decibels(all, " dB")} over all tensors` : "every value is equal";
   return [card("SQNR", decibels(total, " dB"), rest, { class: "card strong" })];
 }
 
@@ -116,7 +116,7 @@ function formatsCard(model) {
     bar.append(part);
     legend.append(el("li", {}, el("i", { class: `tint-${place % 5}` }), `${format} `, el("b", {}, share(bytes, all))));
   });
-  return el("div", { class: "card formats" }, el("h3", {}, "Bytes by format"), bar, legend);
+  return el("div", { class: "card formats" }, el("p", { class: "label" }, "Bytes by format"), bar, legend);
 }
 
 /** One row a format and rule; the best of each format is marked, the chosen one is checked. */

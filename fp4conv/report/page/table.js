@@ -7,7 +7,7 @@ const MOST_PRINTED = 500;
 /** Names in the order of their numbers: layer 2 before layer 10. */
 const nameKey = (name) => name.replace(/\d+/g, (digits) => digits.padStart(9, "0"));
 
-/** What can be shown; a column stands where `if` holds, and on narrow screens where `narrow` is set. */
+/** What can be shown: where `if` holds; on narrow screens what is `narrow`, and what is `wide` on wide ones only. */
 function columnsOf(model, measure) {
   const blocks = model.rows.some((row) => row.values?.codes.length);
   const read = model.rows.some((row) => row.values);
@@ -37,8 +37,8 @@ function columnsOf(model, measure) {
       sort: (row) => row.layer,
       cell: (row) => (row.layer === null ? "" : `${row.layer}`),
     },
-    { key: "kind", title: "Kind", width: 112, sort: (row) => row.kind, cell: (row) => row.kind },
-    { key: "shape", title: "Shape", width: 114, num: true, sort: (row) => row.elements, cell: (row) => row.shape },
+    { key: "kind", title: "Kind", width: 132, wide: true, sort: (row) => row.kind, cell: (row) => row.kind },
+    { key: "shape", title: "Shape", width: 140, num: true, sort: (row) => row.elements, cell: (row) => row.shape },
     {
       key: "size",
       title: "Size",
@@ -140,9 +140,11 @@ function columnsOf(model, measure) {
 
 const reach = (values) => Math.max(Math.abs(values.smallest ?? 0), Math.abs(values.largest ?? 0));
 
-/** The end of a name tells tensors apart, so where room is short it is the beginning that is cut. */
+/** The end of a name tells tensors apart, and an expert's number does: where room is short, the beginning is cut. */
 function nameCell(row) {
-  const cut = row.name.lastIndexOf(".", row.name.lastIndexOf(".") - 1) + 1;
+  const words = row.name.split(".");
+  const kept = /^\d+$/.test(words.at(-3)) ? 3 : 2;
+  const cut = row.name.length - words.slice(-kept).join(".").length;
   const parts = [
     el("span", { class: "path" }, row.name.slice(0, cut)),
     el("span", { class: "leaf" }, row.name.slice(cut)),
@@ -176,6 +178,7 @@ function startTable(model, firstOf) {
   const scroller = byId("rows");
   const table = scroller.querySelector("table");
   const narrow = matchMedia("(max-width: 640px)");
+  const wide = matchMedia("(min-width: 1480px)");
   const state = {
     measure: firstOf,
     columns: [],
@@ -187,7 +190,9 @@ function startTable(model, firstOf) {
 
   const setColumns = () => {
     state.narrow = narrow.matches;
-    state.columns = columnsOf(model, state.measure).filter((column) => !narrow.matches || column.narrow);
+    state.columns = columnsOf(model, state.measure).filter((column) =>
+      narrow.matches ? column.narrow : wide.matches || !column.wide,
+    );
     drawHead(table, state, sortBy);
     arrange();
   };
@@ -226,7 +231,7 @@ function startTable(model, firstOf) {
   startFilters(model, arrange, scroller);
   scroller.addEventListener("scroll", () => requestAnimationFrame(() => drawRows()), { passive: true });
   new ResizeObserver(() => drawRows()).observe(scroller);
-  narrow.addEventListener("change", setColumns);
+  for (const media of [narrow, wide]) media.addEventListener("change", setColumns);
   table.tBodies[0].addEventListener("click", (event) => {
     const row = event.target.closest("tr[data-row]");
     if (row && !event.target.closest("a") && !String(getSelection()))
