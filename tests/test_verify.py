@@ -423,6 +423,46 @@ def test_a_model_type_that_is_not_known_is_compared_layer_by_layer(tmp_path: Pat
     assert not found.known_type
 
 
+def test_a_checkpoint_of_another_kind_is_said_to_be_unchecked(tmp_path: Path, reference: Reference) -> None:
+    """bitsandbytes: an integer weight and its scales."""
+    folder = tmp_path / "src"
+    shutil.copytree(reference("llama-bf16"), folder)
+
+    def change(tensors: Tensors) -> None:
+        stem = "model.layers.0.mlp.up_proj"
+        tensors[f"{stem}.weight"] = np.ones((192, 128), np.int8)
+        tensors[f"{stem}.SCB"] = np.ones(192, np.float32)
+
+    edit_tensors(folder, change)
+    found = fp4conv.verify(folder)
+    [problem] = found.problems
+    assert problem.kind == "foreign-format"
+    assert "nothing of it was checked" in problem.consequence
+
+
+def test_an_empty_quantisation_config_claims_nothing(tmp_path: Path, reference: Reference) -> None:
+    folder = tmp_path / "src"
+    shutil.copytree(reference("llama-bf16"), folder)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": null}}')
+    assert kinds(fp4conv.verify(folder)) == set()
+
+
+def test_gpt_oss_that_lacks_its_marks_is_still_read_as_such(tmp_path: Path, reference: Reference) -> None:
+    """Without sinks its tensors look like another family's; its experts are not called turned for that."""
+    folder = tmp_path / "src"
+    shutil.copytree(reference("gptoss-nvfp4-default"), folder)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("sinks")])
+    assert kinds(fp4conv.verify(folder), "error") == {"missing-tensor"}
+
+
+def test_a_model_within_another_is_compared_layer_by_layer(tmp_path: Path, reference: Reference) -> None:
+    tensors = {f"language_model.{name}": array_of(raw) for name, raw in read_raw(reference("llama-bf16")).items()}
+    folder = write_model(tmp_path / "src", tensors, config_of(reference("llama-bf16")))
+    found = fp4conv.verify(folder)
+    assert found.ok
+    assert kinds(found) == set()
+
+
 def test_tied_embeddings_need_no_head(tmp_path: Path, reference: Reference) -> None:
     source = reference("llama-bf16")
     tensors = {name: array_of(raw) for name, raw in read_raw(source).items() if name != "lm_head.weight"}

@@ -182,7 +182,8 @@ def _sizes(config: Mapping[str, JSON]) -> dict[str, int]:
         stated = (_integer(config.get(key)) for key in keys)
         if (size := next((size for size in stated if size is not None), None)) is not None:
             found[name] = size
-    if "head" not in found and found.get("heads") and "hidden" in found:
+    derives = not str(config.get("model_type")).startswith(("qwen3", "gpt_oss"))  # those have a default of their own
+    if derives and "head" not in found and found.get("heads") and "hidden" in found:
         found["head"] = found["hidden"] // found["heads"]
     return found
 

@@ -9,15 +9,16 @@ from math import gcd
 from fp4conv.checks.agreement import agreement_faults
 from fp4conv.checks.architecture import promised
 from fp4conv.checks.claims import read_claims
-from fp4conv.checks.structure import structure_faults
+from fp4conv.checks.structure import named_otherwise, structure_faults
 from fp4conv.checks.values import bytes_to_read, value_faults
 from fp4conv.checks.weights import Held, held_weights
 from fp4conv.errors import SourceError
-from fp4conv.families import EXCLUDED, IN_OUT_MODEL_TYPES, Family, Role, family_of
+from fp4conv.families import EXCLUDED, FAMILIES, IN_OUT_MODEL_TYPES, UNKNOWN, Family, Role, family_of
 from fp4conv.faults import Found, Kind
 from fp4conv.layouts import PART_TABLES, parse, recognised
 from fp4conv.layouts.completeness import check_size
 from fp4conv.layouts.damaged import misnamed_experts
+from fp4conv.layouts.hf import foreign_kind
 from fp4conv.layouts.openai_original import with_hugging_face_names
 from fp4conv.layouts.parts import INPUT_SCALE, PACKED
 from fp4conv.model import JSON, Model, Source
@@ -80,7 +81,7 @@ def _main_dtype(weights: Sequence[Held]) -> str:
     for weight in weights:
         ref = weight.parts[PACKED]
         sizes[ref.spec.dtype] = sizes.get(ref.spec.dtype, 0) + ref.spec.nbytes
-    return max(sizes, key=lambda dtype: sizes[dtype], default="BF16").lower()
+    return max(sizes, key=lambda dtype: sizes[dtype], default="unknown").lower()
 
 
 def check_structure(
@@ -91,9 +92,10 @@ def check_structure(
     `lost`: names of tensors that its files should have and that could not be read; `partial`: files could not be
     read, so that what is missing says nothing. `parsed`: the conversion's own reader is asked too.
     """
-    family = family_of(source.tensors)
     layout = recognised(source).name
     faults: list[Found] = []
+    if layout == "hf" and (odd := _foreign(source)):
+        return Checked(source, layout, UNKNOWN, (), {}, (odd,), None, known_type=False)
     named: Source = source
     if layout == "openai-original":
         try:
@@ -106,6 +108,7 @@ def check_structure(
     except SourceError as error:
         faults.append(Found(Kind.BAD_CONFIG, error.what, "the number of layers of a model", file="config.json"))
         config = {key: value for key, value in config.items() if key not in ("num_hidden_layers", "text_config")}
+    family = _family(source, config)
     promise = promised(config)
     layers = promise.layers if promise else _layers(config)
     weights = held_weights(named.tensors, family, PART_TABLES.get(layout, ()), layers)
@@ -120,7 +123,24 @@ def check_structure(
         faults += agreement_faults(weights, read_claims(configs), layout, whole=not (lost or partial))
     model, complaint = _parsed(source, blank=not faults and not partial and not lost) if parsed else (None, [])
     faults += complaint
-    return Checked(source, layout, family, weights, config, tuple(faults), model, promise is not None)
+    known = promise is not None and not named_otherwise(weights, promise)
+    return Checked(source, layout, family, weights, config, tuple(faults), model, known)
+
+
+def _foreign(source: Source) -> Found | None:
+    """A tensor of a quantised checkpoint of a kind that is not known here, and so is not checked."""
+    for ref in source.tensors.values():
+        if kind := foreign_kind(ref):
+            expected = "BF16, F16, F32, MXFP4, NVFP4, or FP8 with a scale a tile"
+            return Found(Kind.FOREIGN_FORMAT, f"a tensor of a {kind} checkpoint", expected, ref.name, ref.file)
+    return None
+
+
+def _family(source: Source, config: Mapping[str, JSON]) -> Family:
+    """As the tensors tell; gpt-oss also by its config, since one that lacks tensors may not look like it."""
+    if config.get("model_type") == "gpt_oss":
+        return next(family for family in FAMILIES if family.name == "gpt-oss")
+    return family_of(source.tensors)
 
 
 def check_values(

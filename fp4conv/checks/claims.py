@@ -30,6 +30,11 @@ class Claim:
     format: str | None = None
 
     @property
+    def says_something(self) -> bool:
+        """Whether it names any quantisation: files of unquantised models may be there with nothing in them."""
+        return bool(self.method or self.algorithm or self.format)
+
+    @property
     def size(self) -> int | None:
         """The block length that it says anywhere."""
         return self.group_size if self.group_size is not None else next(iter(self.group_sizes), None)
@@ -41,10 +46,12 @@ def read_claims(configs: Mapping[str, Mapping[str, JSON] | None]) -> tuple[Claim
     if model is None:
         model = (configs.get(MODEL_CONFIG) or {}).get("compression_config")
     separate = configs.get(HF_QUANT_CONFIG)
-    return (
+    found = (
         _claim(MODEL_CONFIG, model) if isinstance(model, dict) else None,
         _claim(HF_QUANT_CONFIG, separate) if separate else None,
     )
+    model_claim, separate_claim = (claim if claim and claim.says_something else None for claim in found)
+    return model_claim, separate_claim
 
 
 def _claim(file: str, said: Mapping[str, JSON]) -> Claim:

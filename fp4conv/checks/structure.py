@@ -36,8 +36,7 @@ def structure_faults(
             yield from (fault for fault in weight.faults if not _said_otherwise(fault, lost, partial=partial))
     yield from _without_reader(weights, layout)
     promise = promised(config)
-    fused = any(weight.name.endswith("experts.gate_up_proj") for weight in weights)
-    if promise is None or (fused and promise.model_type != "gpt_oss"):
+    if promise is None or named_otherwise(weights, promise):
         found = gaps([_bare(weight) for weight in weights], config)
         yield from _gap_faults([] if partial else islice(found, _MOST_GAPS))
         return
@@ -47,6 +46,14 @@ def structure_faults(
         yield from _missing(promise, held, gone)
     yield from _strange(promise, weights)
     yield from _misshapen(promise, held)
+
+
+def named_otherwise(weights: Sequence[Held], promise: Promise) -> bool:
+    """Whether tensors go by names that no table has: within another model, or with experts fused into one tensor."""
+    if promise.model_type != "gpt_oss" and any(weight.name.endswith("experts.gate_up_proj") for weight in weights):
+        return True
+    inner = [weight.name for weight in weights if ".layers." in weight.name]
+    return bool(inner) and not any(name.startswith("model.layers.") for name in inner)
 
 
 def _said_otherwise(fault: Found, lost: frozenset[str], *, partial: bool) -> bool:

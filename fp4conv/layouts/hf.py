@@ -13,6 +13,7 @@ from fp4conv.layouts.damaged import mending_notes, misnamed_experts, refuse_lost
 from fp4conv.layouts.parts import Part, dense_part, dense_weight
 from fp4conv.layouts.quant_config import MODEL_CONFIG, read_quant_config
 from fp4conv.model import JSON, Source, Weight
+from fp4conv.safetensors_io import TensorRef
 
 # Suffixes that only a quantised checkpoint of a kind that is not read here has.
 _FOREIGN = (
@@ -27,6 +28,16 @@ _FOREIGN = (
 )
 
 
+def foreign_kind(ref: TensorRef) -> str | None:
+    """What kind of quantised checkpoint, that is not read here, has such a tensor; None for one that is dense."""
+    for suffix, kind in _FOREIGN:
+        if ref.name.endswith(suffix):
+            return kind
+    if ref.name.endswith(".weight") and ref.spec.dtype[0] in "UI" and len(ref.spec.shape) >= 2:
+        return f"quantised ({ref.spec.dtype})"  # codes of some kind (MLX, bitsandbytes), or of no kind known
+    return "FP8" if ref.spec.dtype.startswith("F8_") else None
+
+
 class HfDense:
     name = "hf"
     formats: tuple[str, ...] = ()
@@ -39,12 +50,9 @@ class HfDense:
         refuse_lost_experts(source.tensors)
         mended = misnamed_experts(source.tensors)
         for name, ref in source.tensors.items():
-            kind = next((kind for suffix, kind in _FOREIGN if name.endswith(suffix)), None)
-            if kind is None and name.endswith(".weight") and ref.spec.dtype[0] in "UI" and len(ref.spec.shape) >= 2:
-                kind = f"quantised ({ref.spec.dtype})"  # codes of some kind (MLX, bitsandbytes), or of no kind known
-            if kind or ref.spec.dtype.startswith("F8_"):
+            if kind := foreign_kind(ref):
                 raise SourceError(
-                    f"this is a tensor of a {kind or 'FP8'} checkpoint, which fp4conv does not read",
+                    f"this is a tensor of a {kind} checkpoint, which fp4conv does not read",
                     where=f"{name} ({ref.file})",
                     hint="convert from the BF16 checkpoint instead",
                 )
