@@ -12,6 +12,7 @@ import pytest
 from checkpoints import Array, array_of, e4m3, noise, read_raw, unpack, write_model
 
 import fp4conv
+from fp4conv.errors import PlanError, SourceError
 from fp4conv.layouts import parse
 from fp4conv.model import Decoded, Model, Stored, Weight
 from fp4conv.pipeline.measuring import Measured, compare, measure
@@ -349,3 +350,68 @@ def test_figures_of_whole_raw_files(reference: Reference) -> None:
     values = codes * np.repeat(factor, 16, axis=1)
     assert found.error is not None
     assert_error(found.error, values, array_of(plain[f"{DOWN}.weight"]))
+
+
+WHOLE_PAIRS = [
+    ("gptoss-original/original", "gptoss-mxfp4"),
+    ("gptoss-qat-fakequant-mxfp4-f32", "gptoss-bf16"),
+    ("gptoss-nvfp4-default-kvfp8", "gptoss-bf16"),
+    ("gptoss-mxfp4-from-f32", "gptoss-qat-fakequant-mxfp4-f32"),
+    ("llama-mxfp4-attempt-default", "llama-bf16"),
+    ("llama-nvfp4-weight-only", "llama-bf16"),
+    ("qwen3moe-nvfp4-from-qat-default", "qwen3moe-qat-fakequant-nvfp4-default"),
+]
+
+
+@pytest.mark.parametrize(("name", "other"), WHOLE_PAIRS)
+def test_figures_of_the_other_references(full_reference: Reference, name: str, other: str) -> None:
+    test_figures_are_those_of_plain_float64(full_reference, name, other)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_figures_in_layouts_of_our_own_making(reference: Reference, tmp_path: Path, layout: str) -> None:
+    formats = ("mxfp4", "nvfp4") if layout == "compressed-tensors" else ("nvfp4",)
+    for to in formats:
+        fp4conv.convert(reference("llama-bf16"), tmp_path / to, to=to, layout=layout)
+        test_figures_are_those_of_plain_float64(lambda name: tmp_path / name, to, str(reference("llama-bf16")))
+    dense = fp4conv.convert(reference("llama-bf16"), tmp_path / "f16", to="f16")
+    assert dense.format == "f16"
+    test_figures_are_those_of_plain_float64(lambda name: tmp_path / name, "f16", "nvfp4")
+
+
+def test_fp8_is_decoded_first(tmp_path: Path) -> None:
+    """A scale a tile of 3 x 5, so that bands of rows begin inside of tiles; with NaN codes."""
+    rng = np.random.default_rng(5)
+    codes = e4m3(rng.standard_normal((64, 64)) * 50)
+    codes.view(np.uint8)[7, 9] = 0x7F
+    scales = np.exp(rng.standard_normal((22, 13))).astype(np.float32)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [3, 5]}}
+    source = write_model(
+        tmp_path / "fp8", {f"{DOWN}.weight": codes, f"{DOWN}.weight_scale_inv": scales, "norm": noise((64,))}, config
+    )
+    tiles = np.repeat(np.repeat(scales, 3, axis=0)[:64], 5, axis=1)[:, :64]
+    values = codes.astype(np.float32) * tiles
+    plain = noise((64, 64), seed=6)
+    other = write_model(tmp_path / "bf16", {f"{DOWN}.weight": plain, "norm": noise((64,))})
+    found = measured(source, other).tensors[f"{DOWN}.weight"]
+    assert found.error is not None
+    assert_error(found.error, values, plain)
+    assert_values(found.values, values)
+    turned_about = measured(other, source).tensors[f"{DOWN}.weight"]
+    assert turned_about.error is not None
+    assert_error(turned_about.error, plain, values)
+
+
+def test_memory_too_small_for_a_row_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    wide = write_model(tmp_path / "wide", {f"{DOWN}.weight": noise((2, 2_000_000))})
+    with pytest.raises(PlanError, match=r"one row needs .* bytes"):
+        measured(wide, estimate=("mxfp4",), workers=1, memory="302MB")
+
+
+def test_an_error_in_a_worker_stops_them_all(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "src", {f"{DOWN}.weight": noise((64, 4096)), "b": noise((1_000_000,))})
+    model = model_of(source)
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(300_000)
+    with pytest.raises(SourceError, match="changed while it was read"):
+        measure(model, max_memory=10**9, workers=3)
