@@ -14,7 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4conv.formats import MXFP4
-from fp4conv.report.facts import ErrorFacts, Estimate, Inspected, TensorFacts, ValueFacts, by_layer, error_of
+from fp4conv.report.facts import (
+    ErrorFacts,
+    Estimate,
+    Inspected,
+    TensorFacts,
+    ValueFacts,
+    add_errors,
+    by_layer,
+    error_of,
+)
 from fp4conv.report.terminal import grid, warnings_view
 from fp4conv.sizes import format_size
 
@@ -70,6 +79,11 @@ def inspect_view(
         head.add_row("reference", found.reference)
     if found.error is not None:
         head.add_row("error", error_words(found.error))
+        apart = [facts.error for facts in found.tensors if facts.error is not None and facts.error.differ]
+        if apart and len(apart) < len(found.tensors):  # embeddings and norms that stay would flatter the rest
+            head.add_row(
+                "", f"of the {len(apart):,} tensors that differ: SQNR {decibels(add_errors(apart).sqnr_db)} dB"
+            )
     notes = [Text(note, style="dim") for note in found.without_estimate]
     parts = [head, _table(found, rows, width, grouped), *_layers_view(found), *_estimates_view(found)]
     return Group(*parts, *notes, *warnings_view(found.warnings))
