@@ -159,6 +159,30 @@ def test_a_shard_that_cannot_be_read_does_not_hide_what_else_is_wrong(tmp_path: 
     assert kinds(fp4conv.verify(alone), "error") == {"missing-shard"}
 
 
+def test_reciprocals_that_differ_in_compressed_tensors(tmp_path: Path, reference: Reference) -> None:
+    fp4conv.convert(reference("llama-bf16"), tmp_path / "out", to="nvfp4", layout="compressed-tensors")
+    name = "model.layers.1.mlp.up_proj.weight_global_scale"
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.update({name: tensors[name] * np.float32(2)}))  # type: ignore[operator]
+    [hit] = [problem for problem in fp4conv.verify(tmp_path / "out").problems if problem.severity is Severity.ERROR]
+    assert hit.kind == "tensor-scales-differ"
+    assert "the smallest scale" in hit.consequence
+
+
+def test_fp8_with_a_scale_a_tile(tmp_path: Path, reference: Reference) -> None:
+    """Sound, and with a NaN among its codes and another among its scales."""
+    tensors: Tensors = {name: array_of(raw) for name, raw in read_raw(reference("llama-bf16")).items()}
+    stem = "model.layers.0.mlp.up_proj.weight"
+    tensors[stem] = tensors[stem].astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+    tensors[stem + "_scale_inv"] = np.ones((2, 1), np.float32)
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = {**config_of(reference("llama-bf16")), "quantization_config": said}
+    assert kinds(fp4conv.verify(write_model(tmp_path / "sound", tensors, config))) == set()
+    tensors[stem].view(np.uint8)[0, 0] = 0x7F
+    tensors[stem + "_scale_inv"][1] = np.nan
+    found = fp4conv.verify(write_model(tmp_path / "nan", tensors, config))
+    assert {problem.tensor for problem in found.problems} == {stem, stem + "_scale_inv"}
+
+
 # ---- for one server
 
 

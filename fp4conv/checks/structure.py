@@ -15,8 +15,9 @@ from fp4conv.layouts.completeness import Gap, gaps
 from fp4conv.layouts.parts import BLOCK_SCALE, PACKED
 from fp4conv.model import JSON
 
-# Tensors beside the weights, known and harmless: rotary tables, masks, KV-cache scales, quantisers of training.
-_BESIDE = (".inv_freq", ".masked_bias", ".k_scale", ".v_scale", ".q_scale")
+# Tensors beside the weights, known and harmless: rotary tables, masks, scales of KV caches and
+# of FP8, quantisers of training.
+_BESIDE = (".inv_freq", ".masked_bias", ".k_scale", ".v_scale", ".q_scale", ".weight_scale_inv")
 _MOST_GAPS = 1_000  # a config may say any number of experts
 _LAYER = re.compile(r"model\.layers\.[0-9]+(?=\.)")
 _QUANTIZER = "_quantizer"

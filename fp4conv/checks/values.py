@@ -24,6 +24,7 @@ from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef
 Bytes = npt.NDArray[np.uint8]
 # Float dtype -> (the integer that holds it, the bits of its exponent, all of which NaN and Inf set)
 _EXPONENTS = {
+    "F8_E4M3": (np.uint8, 0x7F),  # which has no Inf, and NaN with all bits of its magnitude set
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),
