@@ -32,6 +32,7 @@ from fp4conv.errors import OutputError, PlanError, SourceError, UsageError
 from fp4conv.hub import client
 from fp4conv.pipeline.settle import settle
 from fp4conv.pipeline.supply import FOLDER
+from fp4conv.sources import open_source
 from fp4conv.staging import JOURNAL_NAME
 from fp4conv.synthetic import write_checkpoint
 
@@ -183,7 +184,10 @@ def test_a_fault_that_stays_is_named_and_the_same_command_goes_on(
     assert "goes on from there" in str(caught.value)
     assert not (tmp_path / "out").exists()
     served.faults.clear()
-    convert(tmp_path / "out", stream=stream)
+    fetched: list[int] = []
+    result = convert(tmp_path / "out", stream=stream, on_fetch=fetched.append)
+    assert sum(fetched) == sum(file.nbytes for file in open_source("owner/model").files if file.weights)
+    assert result.bytes_read > 0
     assert tree(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "hub-content", "hub-cache"}
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import tree
+from checkpoints import noise, tree, write_shard
 from click.testing import CliRunner, Result
 from hub_server import Fault, Hub
 
@@ -213,6 +215,43 @@ def test_inspect_and_verify_read_values_from_the_cache(hub: Hub, reference: Refe
         said["source"], said["problems"] = "", [{**problem, "remedy": ""} for problem in said["problems"]]  # type: ignore[union-attr,dict-item]
     assert checked == local
     assert not [request for request in hub.requests[before:] if "safetensors" in request.line]
+
+
+def test_what_comes_to_be_read_is_told_and_can_be_stopped(hub: Hub, large: Path, tmp_path: Path) -> None:
+    hub.add("owner/model", large)
+    hub.faults.append(Fault("GET /cdn", times=-1, pause=0.002))
+
+    def stop(nbytes: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - KeyboardInterrupt is no Exception
+        fp4conv.verify("owner/model", on_fetch=stop)
+    assert caught.type is KeyboardInterrupt
+    assert not list((tmp_path / "hub-cache").rglob("*.incomplete"))
+    told: list[tuple[int, int]] = []
+    fp4conv.verify("owner/model", on_fetch=lambda nbytes, total: told.append((nbytes, total)))
+    assert sum(nbytes for nbytes, _ in told) == told[0][1]
+    assert sum(path.stat().st_size for path in large.glob("*.safetensors")) <= told[0][1]
+
+
+def test_headers_of_many_shards_are_asked_for_together(hub: Hub, tmp_path: Path) -> None:
+    """A shard's answer waits until others are asked for: one after the other would never get there."""
+    count = 40
+    for number in range(1, count + 1):
+        tensors = {f"model.layers.{number}.mlp.up_proj.weight": noise((32, 64), number)}
+        write_shard(tmp_path / f"model-{number:05d}-of-{count:05d}.safetensors", tensors)
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    hub.add("owner/model", {**files, "config.json": b'{"model_type": "llama"}'})
+    together = threading.Event()
+    hub.faults.append(Fault("GET /cdn/.*00001-of", until=together))
+
+    def watch() -> None:
+        while hub.count("GET /cdn") < 6:
+            time.sleep(0.005)
+        together.set()
+
+    threading.Thread(target=watch, daemon=True).start()
+    assert len(open_source("owner/model").tensors) == count
 
 
 # ---- commits

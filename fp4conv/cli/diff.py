@@ -47,6 +47,7 @@ def diff(
             workers=workers,
             on_total=lambda nbytes: meter.start(nbytes, "compare"),
             on_bytes=meter.advance,
+            on_fetch=meter.downloaded,
         )
     if as_json:
         print_json(found.to_json())

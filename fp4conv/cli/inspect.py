@@ -88,6 +88,7 @@ def inspect(
             workers=workers,
             on_total=lambda nbytes: meter.start(nbytes, "values"),
             on_bytes=meter.advance,
+            on_fetch=meter.downloaded,
         )
     if html is not None and not quiet:
         click.echo(f"written: {html}", err=True)

@@ -63,6 +63,7 @@ class Meter:
         self._start_at: Callable[[int], object] = lambda _: None
         self._fetch: Callable[[int], object] = lambda _: None
         self._close: Callable[[], None] = lambda: None
+        self._download: tqdm[NoReturn] | None = None
         self._upload: tqdm[NoReturn] | None = None
 
     def plan(self, plan: Plan, fetching: Fetching) -> None:
@@ -103,6 +104,16 @@ class Meter:
 
     def resume(self, nbytes: int) -> None:
         self._start_at(nbytes)
+
+    def downloaded(self, nbytes: int, total: int) -> None:
+        """A bar of its own, before anything is read: `nbytes` more of `total` have come."""
+        if self._download is None:
+            from tqdm import tqdm
+
+            disable = True if self._quiet else None
+            self._download = tqdm(total=total, unit="B", unit_scale=True, desc="download", disable=disable)
+            self._close = self._download.close
+        self._download.update(nbytes)
 
     def uploaded(self, nbytes: int, total: int) -> None:
         """A second bar: `nbytes` of the result, of `total`, are on the Hub."""

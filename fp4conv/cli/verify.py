@@ -37,6 +37,7 @@ def verify(src: str, *, quiet: bool, as_json: bool, **options: object) -> None:
             on_start=lambda nbytes: meter.start(nbytes, "verify", compiled=False),
             on_compare=lambda nbytes: meter.start(nbytes, "compare"),
             on_bytes=meter.advance,
+            on_fetch=meter.downloaded,
             **options,  # type: ignore[arg-type]
         )
     if as_json:

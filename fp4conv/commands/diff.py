@@ -11,7 +11,7 @@ from fp4conv.errors import UsageError
 from fp4conv.layouts import parse
 from fp4conv.model import Source
 from fp4conv.report.differing import Difference, FileDifference
-from fp4conv.sources import bring_weights, open_source
+from fp4conv.sources import OnFetch, bring_weights, open_source
 
 
 def diff(
@@ -23,6 +23,7 @@ def diff(
     workers: int | None = None,
     on_total: Callable[[int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    on_fetch: OnFetch | None = None,
 ) -> Difference:
     """Compare the values of the checkpoints in two folders, tensor by tensor under the names of the BF16 checkpoint.
 
@@ -36,7 +37,7 @@ def diff(
         raise UsageError("--tolerance takes dB, such as 40")
     models = [parse(open_source(source)) for source in (first, second)]
     for model in models:
-        bring_weights(model.source)
+        bring_weights(model.source, on_fetch)
     from fp4conv.pipeline.measuring import compare  # compiled kernels: only who reads values pays for them
 
     found = compare(*models, max_memory=memory, workers=threads, on_total=on_total, on_bytes=on_bytes)

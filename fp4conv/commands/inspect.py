@@ -14,7 +14,7 @@ from fp4conv.formats import BLOCK_FORMATS
 from fp4conv.layouts import parse
 from fp4conv.model import Decoded, Model
 from fp4conv.report.facts import Inspected, TensorFacts, describe
-from fp4conv.sources import bring_weights, open_source
+from fp4conv.sources import OnFetch, bring_weights, open_source
 
 if TYPE_CHECKING:
     from fp4conv.pipeline.measuring import Measured
@@ -33,6 +33,7 @@ def inspect(
     workers: int | None = None,
     on_total: Callable[[int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    on_fetch: OnFetch | None = None,
 ) -> Inspected:
     """What the tensors of the checkpoint in folder `source` are: formats, shapes, sizes, and figures of their values.
 
@@ -42,7 +43,7 @@ def inspect(
     by name: only theirs are read; sizes are those of the whole checkpoint. `headers_only` reads no values. `html`: a
     file to write as a page that shows the result; new or an older page, and outside of the folders that are read.
     Values are streamed within `max_memory`; no figure depends on it, or on `workers`. `on_total` is told the bytes that
-    will be read before they are, `on_bytes` those that were.
+    will be read before they are, `on_bytes` those that were, `on_fetch` those that come from the Hub.
 
     Raises SourceError for a folder that is no checkpoint, UsageError for a glob that matches nothing,
     OutputError where no page may be written.
@@ -62,7 +63,7 @@ def inspect(
         against = parse(open_source(reference)) if reference is not None else None
         for source_model in (model, against) if names is None else ():
             if source_model is not None:
-                bring_weights(source_model.source)
+                bring_weights(source_model.source, on_fetch)
         measured = measure(
             model,
             reference=against,

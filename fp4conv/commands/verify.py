@@ -19,7 +19,7 @@ from fp4conv.model import Model
 from fp4conv.readings import Checkpoint
 from fp4conv.report.verified import Verified
 from fp4conv.servers import SERVERS, verdicts
-from fp4conv.sources import bring_weights, folder_of, open_source
+from fp4conv.sources import OnFetch, bring_weights, folder_of, open_source
 
 _BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model
 _CHUNK_BYTES = 16_000_000
@@ -35,11 +35,13 @@ def verify(
     on_start: Callable[[int], None] | None = None,
     on_compare: Callable[[int], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    on_fetch: OnFetch | None = None,
 ) -> Verified:
     """Every problem of the checkpoint in folder `source`; with `for_server`, as they are for that server.
 
     `original`: what it was made from, whose values it is compared with. `on_start` and `on_compare` get the bytes that
-    are about to be read to check and to compare, `on_bytes` those that were. Memory stays within `max_memory`.
+    are about to be read to check and to compare, `on_bytes` those that were, `on_fetch` those that come from the Hub.
+    Memory stays within `max_memory`.
     A fault of the checkpoint is a problem in the result, not an error; SourceError is raised where there is no folder,
     or where `original` cannot be read.
     """
@@ -47,7 +49,7 @@ def verify(
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     threads, memory = resources(workers, max_memory)
     reference = parse(open_source(original)) if original is not None else None
-    found = survey(folder_of(source), str(source))
+    found = survey(folder_of(source, on_fetch), str(source))
     if not found.tensors:
         problems = judged(found.faults, Checkpoint(), for_server, source=found.name)
         return Verified(found.name, problems, found.warnings, for_server=for_server)
@@ -67,7 +69,7 @@ def verify(
         # Compiled kernels: only a comparison pays for them.
         from fp4conv.checks.comparing import compare_with_source
 
-        bring_weights(reference.source)
+        bring_weights(reference.source, on_fetch)
         against, apart = compare_with_source(
             checked.model, reference, max_memory=memory, workers=threads, on_total=on_compare, on_bytes=on_bytes
         )

@@ -23,6 +23,13 @@ _CHUNK = 1 << 20
 _Found = TypeVar("_Found")
 
 
+class Stopped(BaseException):
+    """Leaves a download in the middle, raised by its `on_bytes`.
+
+    No Exception: nothing on the way may take it for a failure of the Hub.
+    """
+
+
 def pin(name: HubName, commit: str | None = None) -> Pinned:
     """The repository at the commit that its revision stands for now, or at `commit`, with its list of files.
 

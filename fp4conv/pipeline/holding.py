@@ -56,6 +56,10 @@ class Holding:
     def bounded(self) -> bool:
         return self._bound is not None
 
+    def ahead(self, side: Side) -> tuple[str, ...]:
+        """Names of the files that have, or had, a part in this run, in the order of the work."""
+        return tuple(piece.name for piece in self._order if piece.side is side)
+
     def admitted(self, side: Side) -> tuple[str, ...]:
         """Names of the files that have room now, in the order of the work."""
         with self._change:

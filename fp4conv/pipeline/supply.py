@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from fp4conv.hub.client import download, in_cache
+from fp4conv.hub.bringing import AT_ONCE
+from fp4conv.hub.client import Stopped, download, in_cache
 from fp4conv.hub.reader import HubReader
 from fp4conv.model import Pinned
 from fp4conv.pipeline.holding import Holding
@@ -20,7 +21,6 @@ from fp4conv.streaming import Side
 
 # In DST.partial; the name is hidden, so that no reader of checkpoints takes what is in it for the result's.
 FOLDER = ".source"
-AT_ONCE = 3
 _GRACE_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
 
@@ -54,10 +54,6 @@ class Supply(Protocol):
         ...
 
 
-class _Stopped(BaseException):
-    """Leaves a download in the middle. No Exception: nothing on the way may take it for a failure of the Hub."""
-
-
 class FromHub:
     """A `Supply` from a repository: by way of the cache, or (`folder`) through a folder that is this run's own.
 
@@ -73,6 +69,7 @@ class FromHub:
         self._on_bytes = on_bytes or (lambda _: None)
         self.source_bytes: Mapping[str, int] = source_bytes(plan, pinned, streamed=folder is not None)
         self._here: dict[str, Path] = {}
+        self._wanted: frozenset[str] = frozenset()
         self._begun: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -85,7 +82,10 @@ class FromHub:
 
     def start(self, holding: Holding) -> None:
         self._clear(holding.admitted(Side.SOURCE))
-        for number in range(min(AT_ONCE, len(self.source_bytes))):
+        self._wanted = frozenset(holding.ahead(Side.SOURCE))
+        done = self.source_bytes.keys() - self._wanted  # by an earlier run
+        self._on_bytes(sum(self._pinned.files[name].nbytes for name in done))
+        for number in range(min(AT_ONCE, len(self._wanted))):
             name = f"fp4conv-fetch-{number}"
             self._threads.append(threading.Thread(target=self._work, args=(holding,), name=name, daemon=True))
             self._threads[-1].start()
@@ -121,9 +121,9 @@ class FromHub:
                 if name is not None:
                     self._here[name] = self._fetch(name)
                     holding.ready(name)
-                elif self._begun >= self.source_bytes.keys():
+                elif self._begun >= self._wanted:
                     return
-        except _Stopped:
+        except Stopped:
             return
         except BaseException as error:  # noqa: BLE001 - raised by `check` in the main thread
             self._failure = self._failure or error
@@ -149,7 +149,7 @@ class FromHub:
 
     def _tell(self, nbytes: int) -> None:
         if self._stop.is_set():
-            raise _Stopped
+            raise Stopped
         self._on_bytes(nbytes)
 
     # ---- the folder

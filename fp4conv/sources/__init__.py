@@ -7,14 +7,15 @@ and writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 from fp4conv.errors import SourceError
-from fp4conv.hub.client import download, pin, snapshot_folder
+from fp4conv.hub.bringing import bring
+from fp4conv.hub.client import pin, snapshot_folder
 from fp4conv.hub.names import HubName, parse_name
-from fp4conv.model import Pinned, Source
+from fp4conv.model import Source
 from fp4conv.sources.listing import FileEntry
 from fp4conv.sources.local import SMALL_FILE_BYTES, LocalSource, existing_folder
 from fp4conv.sources.remote import HubSource, belongs, is_wanted
@@ -26,13 +27,14 @@ __all__ = [
     "FileEntry",
     "HubSource",
     "LocalSource",
+    "OnFetch",
     "bring_weights",
     "folder_of",
     "open_adapter",
     "open_source",
 ]
 
-_AT_ONCE = 3
+OnFetch: TypeAlias = Callable[[int, int], None]  # bytes that have come, and how many there are in all
 
 
 def open_source(text: str | Path, pins: Mapping[str, str] | None = None) -> Source:
@@ -58,25 +60,20 @@ def open_adapter(text: str | Path, pins: Mapping[str, str] | None = None) -> Sou
     return LocalSource(root, (ADAPTER,), name=str(text))
 
 
-def bring_weights(source: Source) -> None:
+def bring_weights(source: Source, on_fetch: OnFetch | None = None) -> None:
     """Download the weights of a source on the Hub into the cache: all of them will be read, perhaps more than once."""
     if source.pinned is not None:
-        _bring(source.pinned, [file.name for file in source.files if file.weights])
+        bring(source.pinned, [file.name for file in source.files if file.weights], on_fetch)
 
 
-def folder_of(text: str | Path) -> Path:
+def folder_of(text: str | Path, on_fetch: OnFetch | None = None) -> Path:
     """The folder that `text` names; of a repository on the Hub the cache's, after all of the checkpoint came down."""
     name = _on_hub(text)
     if name is None:
         return existing_folder(text)
     pinned = pin(name)
-    _bring(pinned, [file for file in pinned.files if belongs(file) and is_wanted(file)])
+    bring(pinned, [file for file in pinned.files if belongs(file) and is_wanted(file)], on_fetch)
     return snapshot_folder(pinned)
-
-
-def _bring(pinned: Pinned, names: Sequence[str]) -> None:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(lambda name: download(pinned, name), names))
 
 
 def _on_hub(text: str | Path) -> HubName | None:
