@@ -191,3 +191,13 @@ def test_the_command_asks_for_the_place_before_it_reads(tmp_path: Path) -> None:
     assert ran.exit_code == 1
     assert "lies inside" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_shows_pictures_that_are_there_and_small() -> None:
+    root = Path(__file__).resolve().parent.parent
+    shown = re.findall(r"docs/pictures/[\w.-]+", (root / "README.md").read_text(encoding="utf-8"))
+    assert len(set(shown)) == 3
+    for picture in shown:
+        assert (root / picture).stat().st_size < 150_000
+    svg = (root / "docs/pictures/inspect-terminal.svg").read_text(encoding="utf-8")
+    assert not re.search(r"@font-face|url\(http|href=.http", svg)  # nothing for a reader's browser to fetch
