@@ -273,6 +273,20 @@ def test_a_revision_is_taken_and_the_commit_recorded(hub: Hub, reference: Refere
     assert json.loads(done.stdout)["commits"] == {f"owner/model@{first}": first}
 
 
+def test_a_pull_request_is_a_revision(hub: Hub, reference: Reference) -> None:
+    hub.add("owner/model", {"README.md": b"nothing yet"})
+    repo = hub.store.repos["owner/model"]
+    pull = hub.store.open_pull(repo, "weights")
+    files = {path.name: path.read_bytes() for path in reference("llama-bf16").iterdir()}
+    commit = hub.change("owner/model", files, ref=pull.ref)
+    for text in ("owner/model@refs/pr/1", "hf://owner/model@refs/pr/1"):
+        source = open_source(text)
+        assert source.pinned is not None
+        assert (source.pinned.commit, source.pinned.asked) == (commit, "owner/model@refs/pr/1")
+        assert len(source.tensors) == len(LocalSource(reference("llama-bf16")).tensors)
+    assert "there are no safetensors files" in refusal("owner/model")
+
+
 def test_adapters_and_bases_from_the_hub(hub: Hub, reference: Reference, tmp_path: Path) -> None:
     base = reference("qwen3moe-bf16")
     adapter = next(reference("lora-variants").glob("qwen3moe-experts/*/adapter_config.json")).parent
@@ -315,8 +329,12 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(
     assert "gated" in (found := refusal("owner/gated"))
     assert f"{hub.endpoint}/owner/gated" in found
     assert "hf auth login" in found
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")  # a login without access: 403 instead of 401
+    assert "gated" in refusal("owner/gated")
+    hub.store.repos["owner/gated"].readers.add("reader")
+    assert fp4conv.inspect("owner/gated", headers_only=True).family == "dense"
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    assert "401" in (found := refusal("owner/gated"))
+    assert "401" in (found := refusal("owner/private"))
     assert "token is not valid" in found
 
 
@@ -337,6 +355,24 @@ def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be reached" in found
     assert "HF_ENDPOINT" in found
     assert "HF_HUB_OFFLINE=1" in found
+
+
+def test_an_outage_in_the_middle_is_waited_for_and_one_at_the_start_is_told() -> None:
+    from huggingface_hub.utils import get_session
+
+    asked: list[int] = []
+
+    def ask() -> str:
+        asked.append(0)
+        if len(asked) % 3:
+            get_session().get("http://127.0.0.1:9")
+        return "here"
+
+    assert client.patiently(ask) == "here"
+    assert len(asked) == 3
+    with pytest.raises(Exception, match="refused"):
+        client.patiently(ask, first=True)
+    assert len(asked) == 4
 
 
 def test_offline_means_the_cache_and_nothing_else(

@@ -17,7 +17,7 @@ from fp4conv.hub.names import HubName
 from fp4conv.model import Pinned, RemoteFile
 
 # Seconds between attempts, on top of what huggingface_hub tries itself: a conversion of hours outlives a hiccup.
-PAUSES = (1.0, 4.0, 15.0)
+PAUSES = (1.0, 4.0, 15.0, 60.0)
 _COMMIT_LENGTH = 40
 _CHUNK = 1 << 20
 _Found = TypeVar("_Found")
@@ -40,7 +40,9 @@ def pin(name: HubName, commit: str | None = None) -> Pinned:
     if constants.HF_HUB_OFFLINE:
         return _pin_in_cache(name, commit)
     with explained(name.repo, name.text):
-        info = patiently(lambda: HfApi().model_info(name.repo, revision=commit or name.revision, files_metadata=True))
+        info = patiently(
+            lambda: HfApi().model_info(name.repo, revision=commit or name.revision, files_metadata=True), first=True
+        )
     assert info.sha is not None, "the Hub names the commit of what it tells about"
     if commit is None:
         _remember(name, info.sha)
@@ -116,22 +118,19 @@ def _remember(name: HubName, commit: str) -> None:
 # ---- bytes
 
 
-def patiently(ask: Callable[[], _Found]) -> _Found:
-    """`ask()`, again after a while where the Hub or the network has a hiccup; the last error as it is."""
+def patiently(ask: Callable[[], _Found], *, first: bool = False) -> _Found:
+    """`ask()`, again after a while where the Hub or the network has a hiccup; the last error as it is.
+
+    `first`: nothing has been asked before. Whoever has no network then wants to know, and not wait for it.
+    """
     for pause in PAUSES:
         try:
             return ask()
         except Exception as error:
-            if not is_transient(error) or _refused_at_once(error):
+            if not is_transient(error) or (first and type(error).__name__ == "ConnectError"):
                 raise
             time.sleep(pause)
     return ask()
-
-
-def _refused_at_once(error: BaseException) -> bool:
-    """No route, no name, nobody listening: waiting seldom helps, and whoever has no network wants to know."""
-    found = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" else error
-    return type(found).__name__ == "ConnectError"
 
 
 def read_range(pinned: Pinned, name: str, start: int, stop: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -81,6 +82,9 @@ class FromHub:
         return self._reader
 
     def start(self, holding: Holding) -> None:
+        if self._folder is not None:
+            # Xet may keep chunks of what it brings, up to 10 GB elsewhere on the disk: beyond the bound, for nothing.
+            os.environ.setdefault("HF_XET_CHUNK_CACHE_SIZE_BYTES", "0")
         self._clear(holding.admitted(Side.SOURCE))
         self._wanted = frozenset(holding.ahead(Side.SOURCE))
         done = self.source_bytes.keys() - self._wanted  # by an earlier run
