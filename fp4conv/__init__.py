@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fp4conv.commands.inspect import inspect
     from fp4conv.commands.merge_lora import merge_lora
     from fp4conv.commands.open import Checkpoint, open
+    from fp4conv.commands.push import push
     from fp4conv.commands.qat import qat
     from fp4conv.commands.verify import verify
     from fp4conv.errors import Fp4convError
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "merge_lora",
     "open",
+    "push",
     "qat",
     "verify",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "inspect": "fp4conv.commands.inspect",
     "merge_lora": "fp4conv.commands.merge_lora",
     "open": "fp4conv.commands.open",
+    "push": "fp4conv.commands.push",
     "qat": "fp4conv.commands.qat",
     "verify": "fp4conv.commands.verify",
     "Checkpoint": "fp4conv.commands.open",

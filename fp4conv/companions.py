@@ -6,7 +6,7 @@ names them, as bytes: nothing here or anywhere in fp4conv runs them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from fp4conv.hints.values import FOLDER
 from fp4conv.model import JSON, Source
@@ -14,41 +14,57 @@ from fp4conv.plan import PlannedFile
 
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".vocab", ".spm", ".merges")
 _PLAIN_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USAGE_POLICY", "COPYING")
-# Written anew, or what belongs to a training run or to another form of the weights.
+# Written anew.
+_OURS = ("config.json", "hf_quant_config.json", "dtypes.json")  # the last: of OpenAI's layout
+# What belongs to a training run or to another form of the weights.
 _NEVER = (
-    "config.json",
-    "hf_quant_config.json",
     "trainer_state.json",
     "training_args.json",
     "all_results.json",
     "train_results.json",
     "eval_results.json",
     "adapter_config.json",
-    "dtypes.json",  # of OpenAI's layout: written where that is
 )
 _LARGEST = 64 * 2**20  # tokenizers are below it; a larger .json or .txt is data of some other kind
 
 
 def companion_files(source: Source, config: Mapping[str, JSON]) -> tuple[tuple[PlannedFile, ...], tuple[str, ...]]:
     """(files to copy, warnings that name what is left out)."""
-    code = _auto_map_modules(source.json("config.json") or {}) | _auto_map_modules(
-        source.json("tokenizer_config.json") or {}
-    )
+    code = code_modules(source)
     copied, left = [], []
     for file in source.files:
         name = file.name
-        if name in config or name in _NEVER or name.endswith(".safetensors.index.json") or file.weights:
+        if (
+            name in config
+            or name in _OURS
+            or name in _NEVER
+            or name.endswith(".safetensors.index.json")
+            or file.weights
+        ):
             continue
         if name.startswith(FOLDER + "/"):
             continue  # the planner decides about round-trip hints
-        wanted = name.endswith(_SUFFIXES) or name.split(".")[0].upper() in _PLAIN_NAMES
-        if (wanted or name.removesuffix(".py") in code) and file.nbytes <= _LARGEST:
+        if is_companion(name, file.nbytes, code):
             copied.append(PlannedFile(name, file.nbytes))
         else:
             left.append(name)
     left += [f"{folder}/" for folder in source.folders]
     warnings = (f"not copied: {', '.join(sorted(left))}",) if left else ()
     return tuple(copied), warnings
+
+
+def is_companion(name: str, nbytes: int, code: Collection[str]) -> bool:
+    """Whether a file that has no weights belongs to a checkpoint. `code`: modules that its configs name."""
+    if name in _NEVER or nbytes > _LARGEST:
+        return False
+    plain = name.endswith(_SUFFIXES) or name.split(".", maxsplit=1)[0].upper() in _PLAIN_NAMES
+    return plain or (name.endswith(".py") and name.removesuffix(".py") in code)
+
+
+def code_modules(source: Source) -> set[str]:
+    """Modules of code of its own that the configs of a checkpoint name."""
+    configs = (source.json("config.json"), source.json("tokenizer_config.json"))
+    return {module for config in configs for module in _auto_map_modules(config or {})}
 
 
 def _auto_map_modules(config: Mapping[str, JSON]) -> set[str]:

@@ -97,6 +97,7 @@ def test_examples_run(
     hub: Hub, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    hub.users["hf_owner"] = "my-org"
     hub.add("openai/gpt-oss-20b", reference("gptoss-mxfp4"))
     (tmp_path / "gpt-oss-20b").symlink_to(reference("gptoss-mxfp4"))
     (tmp_path / "my-llama").symlink_to(reference("llama-bf16"))

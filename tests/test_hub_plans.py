@@ -63,5 +63,7 @@ def test_the_readme_says_what_the_plan_says(sparse: Path, to: str) -> None:
     assert row in text
     bounds = re.search(r"at most (\d+) MB of memory with two workers, (\d+) MB with eight", text)
     assert bounds is not None
+    leaving = format_size(smallest_disk(plan, source))
+    assert f"| `fp4conv convert openai/{sparse.name} --to {to} --stream --push-to-hub REPO` | {leaving} |" in text
     for most, workers in zip(bounds.groups(), (2, 8), strict=True):
         assert peak_bytes(plan, 10**9, workers) <= int(most) * 10**6

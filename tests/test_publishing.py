@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from fp4conv.cli import main
 from fp4conv.commands.convert import plan_conversion
 from fp4conv.errors import Fp4convError, OutputError, ResumeError, UsageError
 from fp4conv.publishing.card import BEGIN, END
+from fp4conv.publishing.publication import Publication
 from fp4conv.sizes import as_option
 from fp4conv.streaming import smallest_disk
 from fp4conv.synthetic import write_checkpoint
@@ -233,8 +235,6 @@ def test_a_shard_that_the_hub_lost_is_sent_again(
 def test_a_pull_request_that_is_not_what_was_sent_is_not_merged(
     hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fp4conv.publishing.publication import Publication
-
     check = Publication._check_whole
 
     def meddle(self: Publication, *arguments: object) -> None:
@@ -312,6 +312,21 @@ def test_private_makes_a_private_repository_and_mistrusts_a_public_one(hub: Hub,
         fp4conv.convert(source, tmp_path / "other", push_to_hub="owner/public", private=True, **OPTIONS)  # type: ignore[arg-type]
 
 
+def test_a_model_that_somebody_else_publishes_meanwhile_stays(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Publication.recognise
+
+    def meddle(self: Publication, names: Collection[str]) -> dict[str, Path]:
+        hub.change(REPO, {"other.safetensors": b"x"})
+        return begun(self, names)
+
+    monkeypatch.setattr(Publication, "recognise", meddle)
+    with pytest.raises(OutputError, match=r"main has got a model meanwhile \(other.safetensors\)"):
+        fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
+    assert published(hub) == {"other.safetensors": b"x"}
+
+
 @pytest.mark.parametrize(
     ("token", "match"),
     [
@@ -382,7 +397,9 @@ main()
 def test_a_kill_in_the_middle_of_a_push_loses_nothing(
     hub: Hub, source: Path, local: Path, tmp_path: Path, *, after: str, times: int, stream: bool
 ) -> None:
-    command = ["convert", str(source), *([] if stream else ["dst"]), "--to", "mxfp4", "--max-shard-size", "500kB"]
+    hub.add("org/base", source)
+    command = ["convert", *(["org/base"] if stream else [str(source), "dst"]), "--to", "mxfp4"]
+    command += ["--max-shard-size", "500kB"]
     command += ["--push-to-hub", REPO, "--json", *(["--stream"] if stream else [])]
     environment = {**os.environ, **hub.environment(tmp_path / "hub-cache", "hf_owner")}
     environment["PYTHONPATH"] = str(Path(fp4conv.__file__).parent.parent)

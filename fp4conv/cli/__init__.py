@@ -14,6 +14,7 @@ from fp4conv.cli.diff import diff
 from fp4conv.cli.group import Group
 from fp4conv.cli.inspect import inspect
 from fp4conv.cli.merge_lora import merge_lora
+from fp4conv.cli.push import push
 from fp4conv.cli.qat import qat
 from fp4conv.cli.verify import verify
 from fp4conv.version import __version__
@@ -27,5 +28,5 @@ def main() -> None:
     """Convert language-model checkpoints between BF16, MXFP4 and NVFP4: exact, streaming, resumable."""
 
 
-for command in (convert, merge_lora, inspect, verify, diff, qat, demo):
+for command in (convert, merge_lora, inspect, verify, diff, push, qat, demo):
     main.add_command(command)

@@ -18,6 +18,7 @@ _RULES = [rule.value for rule in ScaleRule]
 @click.command(
     epilog=epilog(
         "fp4conv convert openai/gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
+        "fp4conv convert openai/gpt-oss-20b --to nvfp4 --stream --push-to-hub my-org/oss-nvfp4",
         "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run",
         "fp4conv convert my-llama my-llama-tuned --to bf16 --lora my-llama-lora",
     )
@@ -132,6 +133,7 @@ def run(src: str, dst: str | None, *, dry_run: bool, quiet: bool, as_json: bool,
             on_resume=meter.resume,
             on_fetch=meter.fetched,
             on_upload=meter.uploaded,
+            on_note=meter.note,
             **options,  # type: ignore[arg-type]
         )
     if as_json:

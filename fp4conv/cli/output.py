@@ -115,6 +115,13 @@ class Meter:
             self._close = self._download.close
         self._download.update(nbytes)
 
+    def note(self, text: str) -> None:
+        """A line on stderr, above the bars."""
+        if not self._quiet:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+
     def uploaded(self, nbytes: int, total: int) -> None:
         """A second bar: `nbytes` of the result, of `total`, are on the Hub."""
         if self._upload is None:

@@ -93,6 +93,7 @@ def convert(
     on_resume: Callable[[int], None] | None = None,
     on_fetch: Callable[[int], None] | None = None,
     on_upload: Callable[[int, int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> ConvertResult:
     """Convert the checkpoint in `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in folder `destination`.
 
@@ -100,9 +101,9 @@ def convert(
     arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
     `on_bytes` the bytes of the source as they are done, `on_resume` (or else `on_bytes`) first those that an earlier
     run has done, `on_fetch` the bytes that come from the Hub, `on_upload` the bytes of the result that are there, and
-    those in all. Memory stays within `max_memory`. A run that was stopped goes on when called again with the same
-    arguments. With `push_to_hub` and `stream` nothing stays here, and `destination`, or else a folder called after the
-    repository, is only the place to work in. Raises the errors of fp4conv.errors.
+    those in all, `on_note` what happens there. Memory stays within `max_memory`. A run that was stopped goes on when
+    called again with the same arguments. With `push_to_hub` and `stream` nothing stays here, and `destination`, or
+    else a folder called after the repository, is only the place to work in. Raises the errors of fp4conv.errors.
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)
@@ -122,7 +123,9 @@ def convert(
         merge_rounding=merge_rounding,
         hints=hints,
     )
-    push = Push.of(push_to_hub, private=private, overwrite=overwrite, stream=stream, on_bytes=on_upload)
+    push = Push.of(
+        push_to_hub, private=private, overwrite=overwrite, stream=stream, on_bytes=on_upload, on_note=on_note
+    )
     place = place_of(destination, push)
     typed = command or _command_line(source, destination, options, push, max_disk)
     pins = pins_of(place, typed if overwrite else None)

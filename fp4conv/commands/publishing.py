@@ -13,8 +13,8 @@ from fp4conv.hints.values import LOG
 from fp4conv.model import JSON
 from fp4conv.plan import Plan
 from fp4conv.publishing.card import write_card
+from fp4conv.publishing.card_facts import base_card, card_of
 from fp4conv.publishing.content import Content
-from fp4conv.publishing.of_plan import base_card, card_of
 from fp4conv.publishing.publication import Publication
 from fp4conv.publishing.repository import CARD, Pull, Repository, has_model
 from fp4conv.report.converted import ConvertResult
@@ -34,6 +34,7 @@ class Push:
     overwrite: bool = False
     drop: bool = False
     on_bytes: Callable[[int, int], None] | None = None  # bytes that are sent, and in all
+    on_note: Callable[[str], None] | None = None
 
     @classmethod
     def of(
@@ -44,13 +45,25 @@ class Push:
         overwrite: bool,
         stream: bool,
         on_bytes: Callable[[int, int], None] | None = None,
+        on_note: Callable[[str], None] | None = None,
     ) -> Push | None:
         """None without a repository; UsageError for options that need one."""
         if repo is None:
             if private:
                 raise UsageError("--private is about the repository that --push-to-hub makes", hint="add --push-to-hub")
             return None
-        return cls(repo, private, overwrite, stream, on_bytes)
+        return cls(repo, private, overwrite, stream, on_bytes, on_note)
+
+    def sent_of(self, total: int) -> Callable[[int], None] | None:
+        """What tells `on_bytes` how many of `total` bytes are sent."""
+        if self.on_bytes is None:
+            return None
+        told = self.on_bytes
+        return lambda sent: told(min(sent, total), total)
+
+    def note(self, text: str) -> None:
+        if self.on_note is not None:
+            self.on_note(text)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -132,7 +145,7 @@ def publishing(push: Push | None, plan: Plan, out: Staging, command: str) -> Ite
     if push is None:
         yield None
         return
-    repository, journal = Repository(push.repo), _Journal(out)
+    repository, journal = Repository(push.repo, on_note=push.on_note), _Journal(out)
     title = f"{plan.target.upper()} by fp4conv ({plan.fingerprint[:12]})"
     number = journal.number(push.repo)
     if number is None:
@@ -140,6 +153,7 @@ def publishing(push: Push | None, plan: Plan, out: Staging, command: str) -> Ite
         journal.note_pull(push.repo, pull)
     else:
         pull = _taken_up(repository, number, out)
+    push.note(f"publishing by {repository.url_of(pull)}")
     publication = Publication(
         repository,
         pull,
@@ -147,14 +161,10 @@ def publishing(push: Push | None, plan: Plan, out: Staging, command: str) -> Ite
         notes=journal,
         known=journal.known(),
         drop=push.drop,
-        on_sent=None if push.on_bytes is None else partial(_tell, push.on_bytes, plan.total_bytes),
+        on_sent=push.sent_of(plan.total_bytes),
     )
     with publication:
         yield publication
-
-
-def _tell(on_bytes: Callable[[int, int], None], total: int, sent: int) -> None:
-    on_bytes(min(sent, total), total)
 
 
 def begin(repository: Repository, push: Push, title: str, command: str) -> Pull:

@@ -20,16 +20,14 @@ _OURS = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL
 _HEAD = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 _LARGEST_HEAD = 100_000
 # What holds for a copy in another number format as it does for the base.
-_KEPT = (
-    "license", "license_name", "license_link", "language", "pipeline_tag", "datasets", "extra_gated_prompt",
-    "extra_gated_heading", "extra_gated_description", "extra_gated_button_content",
-)  # fmt: skip
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _FORMATS = {
     MXFP4.name: "E2M1 codes, one E8M0 scale for 32 values",
     NVFP4.name: "E2M1 codes, one E4M3 scale for 16 values, one F32 scale for a tensor",
 }
 _OUTCOMES = {"loads": "loads", "refuses": "refuses", "silent-damage": "computes something else", "unknown": "unknown"}
 _MOST_NAMES = 12
+OPENAI_ORIGINAL = "openai-original"  # a layout that no library of the Hub's list reads
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ def _metadata(card: Card, base: Mapping[str, JSON]) -> dict[str, JSON]:
         metadata["base_model"] = bases
     if card.bases and card.relation:
         metadata["base_model_relation"] = card.relation
-    metadata["library_name"] = base.get("library_name", "transformers")
+    if card.layout != OPENAI_ORIGINAL:
+        metadata["library_name"] = base.get("library_name", "transformers")
     if base.get("tags"):
         metadata["tags"] = base["tags"]
     return metadata
@@ -147,6 +146,8 @@ def _body(card: Card) -> str:
 
 
 def _headline(card: Card) -> str:
+    if not card.source:
+        return f"A checkpoint in {card.format.upper()}, uploaded by fp4conv {card.version}."
     merged = f", with {_listed([_link(name) for name in card.adapters])} merged into it" if card.adapters else ""
     return (
         f"{_link(card.source)}{merged}, in {card.format.upper()}. "
@@ -168,7 +169,7 @@ def _part(part: Part) -> str:
     names = [f"`{name}`" + (f" x{count}" if count > 1 else "") for name, count in part.modules.items()]
     more = f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     shown = ": " + ", ".join(names[:_MOST_NAMES]) + more if names else ""
-    return f"{part.count:,} tensors, {format_size(part.nbytes)}{shown}"
+    return f"{part.count:,} tensor{'s' * (part.count != 1)}, {format_size(part.nbytes)}{shown}"
 
 
 def _cost(card: Card) -> str:
@@ -191,7 +192,7 @@ def _servers(servers: Sequence[Verdict]) -> str:
 
 def _how(card: Card) -> str:
     if not card.command:
-        return f"Uploaded by `fp4conv push`, version {card.version}."
+        return f"By `fp4conv push`, from a finished folder in which `fp4conv verify` {card.version} found no error."
     fence = "```" if "```" not in card.command else "~~~~"
     return f"{fence}console\n$ {card.command}\n{fence}"
 
@@ -213,8 +214,9 @@ def _link(name: str) -> str:
     found = _ID.fullmatch(name)
     if found is None:
         return f"`{name}`"
-    at = f" ([{found['commit'][:7]}](https://huggingface.co/{found['repo']}/tree/{found['commit']}))"
-    return f"[{found['repo']}](https://huggingface.co/{found['repo']})" + (at if found["commit"] else "")
+    repo, commit = found["repo"], found["commit"]
+    at = f" ([{commit[:7]}](https://huggingface.co/{repo}/tree/{commit}))" if commit else ""
+    return f"[{repo}](https://huggingface.co/{repo}){at}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from fp4conv.hints.values import FOLDER
 from fp4conv.model import JSON
 from fp4conv.publishing.content import Content
 from fp4conv.publishing.published import Published
-from fp4conv.publishing.repository import CARD, Pull, Repository, replaced
+from fp4conv.publishing.repository import CARD, Pull, Repository, has_model, replaced
 
 # The Hub takes 128 commits an hour. The first ones go out at once, more than these at even distances.
 BURST = 40
@@ -97,6 +97,7 @@ class Publication:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop.set()
+        self._repository.stop()
         self._waiting.put(None)
         # An upload cannot be broken off: after an error the process may end before it, and nothing counts on it.
         self._thread.join(timeout=None if error is None else 1.0)
@@ -169,9 +170,15 @@ class Publication:
             self._thread.join(0.2)
         self.check()
         merged = self._repository.pull(self._pull.number)[0].status == "merged"
-        left = self._unsent(files)
+        left = self.recognise(files)
         if left and not merged:
             self._send(left, "Add configs, tokenizer and index")
+        if not overwrite and not merged and (model := has_model(self._repository.files("main"))):
+            raise OutputError(
+                f"main has got a model meanwhile ({', '.join(model[:3])})",
+                where=self._repository.url,
+                hint=f"Merge {self._repository.url_of(self._pull)} there if it may be replaced, or close it.",
+            )
         wanted = {*files, CARD}
         stale = replaced([*self._before, *self._repository.files("main")], wanted, FOLDER) if overwrite else ()
         if not merged:
@@ -189,8 +196,8 @@ class Publication:
             stale,
         )
 
-    def _unsent(self, names: Collection[str]) -> dict[str, Path]:
-        """Those of `names` that the pull request does not have as they are here."""
+    def recognise(self, names: Collection[str]) -> dict[str, Path]:
+        """Take for sent what the pull request has as it is here; those of `names` that it does not have."""
         tree = self._repository.files(self._pull.ref)
         left: dict[str, Path] = {}
         for name in names:

@@ -50,8 +50,8 @@ class Pull:
 class Repository:
     """One model repository on the Hub, written to with the user's login."""
 
-    def __init__(self, repo: str, *, stop: threading.Event | None = None) -> None:
-        """UsageError where `repo` is no name for one. `stop`: set when nobody waits for an answer any more."""
+    def __init__(self, repo: str, *, on_note: Callable[[str], None] | None = None) -> None:
+        """UsageError where `repo` is no name for one. `on_note` is told of long waits."""
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils._validators import validate_repo_id
 
@@ -61,9 +61,10 @@ class Repository:
                 raise HFValidationError(repo)
         except HFValidationError:
             hint = "Write it like org/name, where org is you or an organisation that you may write to."
-            raise UsageError(f"--push-to-hub {repo[:100]!r} is not the name of a repository", hint=hint) from None
+            raise UsageError(f"{repo[:100]!r} is not the name of a repository", hint=hint) from None
         self.repo = repo
-        self._stop = stop or threading.Event()
+        self._on_note = on_note or (lambda _: None)
+        self._stop = threading.Event()
 
     @property
     def url(self) -> str:
@@ -119,6 +120,18 @@ class Repository:
         with self._explained():
             path = self._patiently(lambda: self._api().hf_hub_download(self.repo, name, revision=revision))
         return Path(path).read_bytes()
+
+    def card(self, revision: str) -> str:
+        """The model card; '' where there is none."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            with self._explained():
+                return self.read(CARD, revision).decode("utf-8", "replace")
+        except OutputError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return ""
+            raise
 
     def commit_of(self, revision: str) -> str:
         with self._explained():
@@ -197,6 +210,10 @@ class Repository:
                 if not is_transient(error) or self.pull(pull.number)[0].status != "merged":
                     raise
 
+    def stop(self) -> None:
+        """Nobody waits for an answer any more."""
+        self._stop.set()
+
     # ---- how it is asked
 
     def _api(self) -> HfApi:
@@ -206,14 +223,17 @@ class Repository:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
         try:
             with explained(self.repo, kind=OutputError):
                 yield
         except OutputError as error:
             cause = error.__cause__
-            if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+            if isinstance(cause, OfflineModeIsEnabled):
+                error.what = "HF_HUB_OFFLINE is set, so nothing can be published"
+                error.hint = "Unset it and run the same command again."
+            elif isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
                 error.what = "there is no such repository, or your login may not see it"
                 error.hint = "Is it spelled right? Use a token that may write there: hf auth login, or HF_TOKEN."
             elif getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
@@ -238,6 +258,7 @@ class Repository:
                 if getattr(getattr(error, "response", None), "status_code", None) == 429 and quota:
                     quota -= 1
                     pause = QUOTA_PAUSE
+                    self._on_note(f"the Hub takes no more commits for now; asking again in {pause / 60:.0f} minutes")
                 elif pauses:
                     pause = pauses.pop(0)
                 else:

@@ -19,6 +19,7 @@ from fp4conv.plan import Action, Plan
 from fp4conv.publishing.published import Published
 from fp4conv.report.converted import ConvertResult, DownloadForecast, Forecast
 from fp4conv.report.hints import HintsResult, part_bytes
+from fp4conv.report.verified import Verified
 from fp4conv.servers import Verdict
 from fp4conv.sizes import as_option, format_size
 from fp4conv.training_rules import taken_as
@@ -188,6 +189,15 @@ def convert_view(result: ConvertResult) -> RenderableType:
     if words := hint_words(result.hints):
         facts.add_row("hints", words)
     return Group(facts, Text(), *merged_view(result), *servers_view(result.servers))
+
+
+def pushed_view(found: Verified, published: Published) -> RenderableType:
+    """What a push did: from where, to where, and which servers load it."""
+    facts = grid("<", "<")
+    facts.add_row("source", f"{found.source}  ({found.format}, {found.layout} layout)")
+    facts.add_row("published", published_words(published))
+    facts.add_row("commit", published.commit)
+    return Group(facts, Text(), *servers_view(found.servers))
 
 
 def published_words(published: Published) -> str:

@@ -1,4 +1,4 @@
-"""The card of a conversion: what its plan and its result say of it."""
+"""What cards say: of a conversion by its plan and its result, of a finished folder by what is in it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import PurePath
 
 from fp4conv.families import EXCLUDED
 from fp4conv.formats import BLOCK_FORMATS
-from fp4conv.model import Pinned
+from fp4conv.model import Model, Pinned, Weight
 from fp4conv.plan import Plan, Step
 from fp4conv.publishing.card import Card, Part
-from fp4conv.publishing.repository import CARD
+from fp4conv.publishing.repository import CARD, Repository
 from fp4conv.report.converted import ConvertResult
 from fp4conv.training_rules import taken_as, trained_formats
 
@@ -44,6 +44,9 @@ def card_of(plan: Plan, result: ConvertResult, repo: str, command: str) -> Card:
 
 def base_card(plan: Plan) -> str:
     """The model card of the source; '' where it has none that can be read."""
+    pinned = plan.model.source.pinned
+    if pinned is not None:  # also of a folder in a repository: the licence is at its top
+        return Repository(pinned.repo).card(pinned.commit)
     if not any(file.name == CARD for file in plan.model.source.files):
         return ""
     return plan.model.source.read_bytes(CARD).decode("utf-8", "replace")
@@ -53,7 +56,7 @@ def parts_of(plan: Plan) -> tuple[Part, ...]:
     """The tensors of the result: what is in four bits, and what is dense for which reason."""
     groups: dict[str, list[Step]] = {}
     for step in plan.model_steps:
-        groups.setdefault(_kind(step), []).append(step)
+        groups.setdefault(_kind(step.weight, step.target), []).append(step)
     return tuple(
         Part(
             what,
@@ -65,12 +68,27 @@ def parts_of(plan: Plan) -> tuple[Part, ...]:
     )
 
 
-def _kind(step: Step) -> str:
-    if step.target in BLOCK_FORMATS:
-        return f"quantised, {step.target}"
-    weight = step.weight
+def parts_of_model(model: Model) -> tuple[Part, ...]:
+    """The same of a checkpoint that is there already."""
+    groups: dict[str, list[Weight]] = {}
+    for weight in model.weights:
+        groups.setdefault(_kind(weight, weight.format_name), []).append(weight)
+    return tuple(
+        Part(
+            what,
+            len(weights),
+            sum(weight.nbytes for weight in weights),
+            Counter(weight.module.rpartition(".")[2] for weight in weights if weight.is_matrix),
+        )
+        for what, weights in sorted(groups.items(), key=lambda item: -sum(weight.nbytes for weight in item[1]))
+    )
+
+
+def _kind(weight: Weight | None, target: str) -> str:
+    if target in BLOCK_FORMATS:
+        return f"quantised, {target}"
     if weight is None or not weight.is_matrix:
-        return "not matrices"
+        return "norms, biases and the like"
     return f"dense, {EXCLUDED.get(weight.role, 'not selected')}"
 
 
