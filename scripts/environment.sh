@@ -4,9 +4,11 @@
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 environment=$repository/.venv
 
-# use_environment KIND: .venv holds fp4conv (KIND plain), or also the pinned test environment (KIND test).
+# use_environment KIND: .venv holds fp4conv (KIND plain), or also the pinned test environment (KIND test). KIND servers
+# is .venv-servers: fp4conv beside the servers' releases, which exclude those of the tests.
 use_environment() {
   local kind=$1
+  if [ "$kind" = servers ]; then environment=$repository/.venv-servers; fi
   is_current "$kind" && return
   local python
   python=$(find_python "$kind")
@@ -14,6 +16,11 @@ use_environment() {
   "$python" -m venv --clear "$environment"
   if [ "$kind" = test ]; then
     install --editable "$repository[test]" --constraint "$repository/constraints.txt"
+  elif [ "$kind" = servers ]; then
+    # Each server names releases of the same packages that the other excludes, and some that need a GPU: the list is whole.
+    install torch --constraint "$repository/constraints-servers.txt"
+    install --no-deps --requirement "$repository/constraints-servers.txt"
+    install --no-deps --editable "$repository"
   else
     install --editable "$repository"
   fi
@@ -23,8 +30,11 @@ use_environment() {
 # What the environment follows from: where it lies, and the files that say what is in it.
 stamp() {
   echo "$repository"
-  cksum < "$repository/pyproject.toml"
-  if [ "$1" = test ]; then cksum < "$repository/constraints.txt"; fi
+  case $1 in
+    plain) cksum < "$repository/pyproject.toml" ;;
+    test) cksum < "$repository/pyproject.toml" && cksum < "$repository/constraints.txt" ;;
+    servers) cksum < "$repository/constraints-servers.txt" ;;
+  esac
 }
 
 # The test environment serves the plain kind too.
@@ -40,10 +50,12 @@ is_current() {
 }
 
 # Print the first Python that will do. Tests prefer 3.11: below it some of what they compare with cannot be installed.
+# Servers need it.
 find_python() {
   local minor candidate found="" without_venv=""
   local minors="10"
   [ "$1" = test ] && minors="11 10"
+  [ "$1" = servers ] && minors="11"
   for minor in $minors; do
     for candidate in ${PYTHON:-} python3 python python3.11 python3.12 python3.13 python3.14 python3.10; do
       "$candidate" -c "import sys; sys.exit(sys.version_info < (3, $minor))" > /dev/null 2>&1 || continue
@@ -62,7 +74,7 @@ find_python() {
     fail "$without_venv cannot make virtual environments: its venv module is not installed." \
       "On Debian and Ubuntu: sudo apt install python$version-venv"
   else
-    fail "No Python of 3.10 or newer was found ($(python3 --version 2>&1 || true))." \
+    fail "No Python of 3.${minors##* } or newer was found ($(python3 --version 2>&1 || true))." \
       "Install one, or name one that is not on the PATH: PYTHON=/path/to/python3 $0"
   fi
 }

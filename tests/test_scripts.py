@@ -76,6 +76,15 @@ def test_no_python_is_said_with_what_to_do(path: Path) -> None:
     )
 
 
+def test_servers_need_3_11(path: Path) -> None:
+    write_python(path, "python3", (3, 10))
+    found = find_python(path, "servers")
+    assert found.returncode == 1
+    assert found.stderr.startswith("No Python of 3.11 or newer was found (Python 3.10.0).\n")
+    write_python(path, "python3.12", (3, 12))
+    assert find_python(path, "servers").stdout == "python3.12\n"
+
+
 def test_a_missing_venv_module_is_said_with_the_package_to_install(path: Path) -> None:
     write_python(path, "python3", (3, 11), venv=False)
     found = find_python(path)

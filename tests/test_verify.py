@@ -48,7 +48,7 @@ class Says:
 # The layers of the cut-down checkpoints; whole ones have more, where `count` is not looked at.
 EXPECTED = {
     "missing-scales": Says("incomplete-weight", "layers.0.mlp.experts.gate_up_proj_scales", "memory", "vllm"),
-    "missing-tensor-scale": Says("incomplete-weight", "layers.0.mlp.down_proj.weight_scale_2", "memory", "sglang"),
+    "missing-tensor-scale": Says("incomplete-weight", "layers.0.mlp.down_proj.weight_scale_2", "memory", "vllm"),
     "missing-norm": Says("missing-tensor", "layers.0.input_layernorm.weight", "memory", "sglang"),
     "missing-bias": Says("missing-expert", "layers.0.mlp.experts.down_proj_bias", "memory", "vllm"),
     "missing-expert": Says("missing-expert", "layers.1.mlp.experts.3.down_proj.weight", "memory", "vllm"),
@@ -88,7 +88,11 @@ EXPECTED = {
     "algorithms-differ": Says("algorithm-differs", "hf_quant_config.json", "the next the other"),
     "ignore-lists-differ": Says("ignore-lists-differ", "hf_quant_config.json", "the next the other"),
 }
-KNOWN_COMPANIONS = {"ignore-lists-differ": {"dense-but-not-ignored"}, "broken-config": {"nested-only"}}
+KNOWN_COMPANIONS = {
+    "group-size-differs": {"group-size-wrong"},
+    "ignore-lists-differ": {"dense-but-not-ignored"},
+    "broken-config": {"nested-only"},
+}
 MODELOPT_NOTE = "group-size-nested"  # of every export of ModelOpt: a warning
 
 
@@ -612,7 +616,7 @@ def test_the_remedy_mends_it(tmp_path: Path, name: str) -> None:
     """The command that a problem names, typed as it stands."""
     fault = fault_named(name)
     folder = planted(fault, FIXTURES / fault.base, tmp_path / "src")
-    [error] = [problem for problem in fp4conv.verify(folder).problems if problem.severity is Severity.ERROR]
+    error = next(problem for problem in fp4conv.verify(folder).problems if problem.severity is Severity.ERROR)
     words = shlex.split(error.remedy.partition("fp4conv ")[2].partition(" (")[0].replace("DST", str(tmp_path / "out")))
     assert CliRunner().invoke(main, words).exit_code == 0
     assert kinds(fp4conv.verify(tmp_path / "out")) == set()

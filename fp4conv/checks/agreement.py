@@ -132,6 +132,8 @@ def _group_sizes(blocks: set[int], model: Claim | None, separate: Claim | None) 
     if len(sizes) > 1:
         words = ", ".join(f"{size} in {file}" for size, file in sorted((size, file) for file, size in said))
         yield Found(Kind.GROUP_SIZE_DIFFERS, f"group_size {words}", expected, file=first.file)
+        if blocks and model and model.group_size is not None and model.group_size not in blocks:
+            yield Found(Kind.GROUP_SIZE_WRONG, f"group_size {model.group_size}", expected, file=model.file)
     elif blocks and sizes != blocks:
         yield Found(Kind.GROUP_SIZE_WRONG, f"group_size {sizes.pop()}", expected, file=first.file)
     if model and not model.nested and model.group_size is None:
