@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fp4conv.version import __version__
 
 if TYPE_CHECKING:
+    from fp4conv.commands.calibrate import calibrate
     from fp4conv.commands.convert import convert
     from fp4conv.commands.diff import diff
     from fp4conv.commands.inspect import inspect
@@ -30,6 +31,7 @@ __all__ = [
     "Fp4convError",
     "Verified",
     "__version__",
+    "calibrate",
     "convert",
     "diff",
     "inspect",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "calibrate": "fp4conv.commands.calibrate",
     "convert": "fp4conv.commands.convert",
     "diff": "fp4conv.commands.diff",
     "inspect": "fp4conv.commands.inspect",

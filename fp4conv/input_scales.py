@@ -27,6 +27,7 @@ from fp4conv.safetensors_io import Reader, TensorRef, TensorSpec, read_header
 LEFT_OUT, KEPT = "are left out", "are kept in fp4conv/ alone, for the way back"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _INPUT_AMAX, _KV = ".input_amax", {".k_amax": ".k_scale", ".v_amax": ".v_scale"}
+SUFFIXES = (_INPUT_AMAX, *_KV)  # of the tensors in a file of amax
 
 
 class InputScaleMode(str, Enum):
@@ -49,7 +50,7 @@ class InputScales:
         amax: dict[str, float] = {}
         with Reader(path.parent) as reader:
             for ref in read_header(path, path.name).tensors:
-                if ref.spec.dtype != "F32" or ref.spec.elements != 1 or not ref.name.endswith((_INPUT_AMAX, *_KV)):
+                if ref.spec.dtype != "F32" or ref.spec.elements != 1 or not ref.name.endswith(SUFFIXES):
                     raise SourceError(
                         f"{ref.spec.dtype} {list(ref.spec.shape)}; expected F32 scalars named <module>{_INPUT_AMAX} "
                         "(or .k_amax, .v_amax)",
@@ -138,11 +139,10 @@ def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, O
 
 def _unused(model: Model, chosen: frozenset[str], amax: Mapping[str, float]) -> list[str]:
     """A note on values of modules that stay dense. Raises PlanError for a module that the model has not."""
-    suffixes = (_INPUT_AMAX, *_KV)
     quantized = {weight.module: weight.name in chosen for weight in model.weights if weight.is_matrix}
     unused = []
     for name in amax:
-        suffix = next(suffix for suffix in suffixes if name.endswith(suffix))
+        suffix = next(suffix for suffix in SUFFIXES if name.endswith(suffix))
         module = name.removesuffix(suffix)
         if module not in quantized:
             raise PlanError(

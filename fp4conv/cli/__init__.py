@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import click
 
+from fp4conv.cli.calibrate import calibrate
 from fp4conv.cli.convert import convert
 from fp4conv.cli.demo import demo
 from fp4conv.cli.diff import diff
@@ -28,5 +29,5 @@ def main() -> None:
     """Convert language-model checkpoints between BF16, MXFP4 and NVFP4: exact, streaming, resumable."""
 
 
-for command in (convert, merge_lora, inspect, verify, diff, push, qat, demo):
+for command in (convert, merge_lora, inspect, verify, diff, push, qat, calibrate, demo):
     main.add_command(command)

@@ -25,10 +25,11 @@ class Holder(Protocol):
     def amax(self, value: torch.Tensor) -> None: ...
 
 
-def share(holders: Iterable[Holder], set_of: Callable[[str], str]) -> int:
+def share(holders: Iterable[Holder], set_of: Callable[[str], str], *, inputs: bool = False) -> int:
     """Give the members of each set their largest amax; how many changed. Raises ValuesError for what was never seen.
 
-    An expert that no calibration token reached has none of its own, and takes that of its set.
+    `inputs`: the amax is of inputs, not of weights, which only the words of an error tell apart. An expert that no
+    calibration token reached has none of its own, and takes that of its set.
     """
     sets: dict[str, list[Holder]] = {}
     for holder in holders:
@@ -37,12 +38,12 @@ def share(holders: Iterable[Holder], set_of: Callable[[str], str]) -> int:
     for members in sets.values():
         seen = [member.amax for member in members if member.amax is not None]
         if not seen:
-            raise _unusable(members[0].name, None)
+            raise _unseen(members[0].name)
         largest = seen[0].clone()
         for amax in seen[1:]:
             largest = torch.maximum(largest, amax.to(largest.device))
         if not bool(torch.isfinite(largest).all() and (largest > 0).all()):
-            raise _unusable(members[0].name, largest)
+            raise _unusable(members[0].name, largest, inputs)
         for member in members:
             if member.amax is None or not torch.equal(member.amax, largest.to(member.amax.device)):
                 changed += 1
@@ -63,11 +64,20 @@ def unequal_sets(holders: Iterable[Holder], set_of: Callable[[str], str]) -> lis
     return found
 
 
-def _unusable(name: str, amax: torch.Tensor | None) -> ValuesError:
-    if amax is None:
-        what = "no value reached it in calibration"
-        hint = "calibrate on more samples (--calib-samples N), or leave it out with --exclude 'GLOB'"
-    else:
-        what = f"its amax is {float(amax.reshape(-1)[0])}; expected finite and greater than zero"
-        hint = "a weight of zeros or NaN cannot be held in NVFP4: leave it out with --exclude 'GLOB'"
-    return ValuesError(what, where=name, hint=hint)
+def _unseen(name: str) -> ValuesError:
+    return ValuesError(
+        "no value reached it in calibration",
+        where=name,
+        hint="calibrate on more samples (--calib-samples N), or leave it out with --exclude 'GLOB'",
+    )
+
+
+def _unusable(name: str, amax: torch.Tensor, inputs: bool) -> ValuesError:
+    found = next((each for each in amax.reshape(-1).tolist() if not 0 < each < float("inf")), 0.0)
+    return ValuesError(
+        f"the amax of its {'inputs' if inputs else 'weight'} is {found}; expected finite and greater than zero",
+        where=name,
+        hint="look at what the model computes there: is the checkpoint whole, and the dtype wide enough?"
+        if inputs
+        else "zeros or NaN cannot be held in NVFP4: leave it out with --exclude 'GLOB'",
+    )

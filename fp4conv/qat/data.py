@@ -82,6 +82,20 @@ def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBas
     return data
 
 
+def first_examples(
+    settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase, count: int
+) -> tuple[Example, ...]:
+    """At most `count` examples from the beginning of the training split, of which nothing is held out."""
+    where = str(settings.dataset)
+    rows = _training_rows(_read(settings), settings)[:count]
+    kind = kind_of(list(rows[0]), where)
+    _check_template(kind, rows[0], tokenizer, where)
+    found = (
+        _example(kind, row, tokenizer, settings.max_length, f"{where}, row {number}") for number, row in enumerate(rows)
+    )
+    return tuple(example for example in found if example.ids)
+
+
 def kind_of(columns: Sequence[str], where: str) -> str:
     """Which of KINDS the columns make; UsageError that lists the columns where they make none."""
     for kind, needed in KINDS.items():
@@ -99,6 +113,19 @@ def _splits(settings: Settings) -> tuple[Rows, Rows]:
     """Training and held-out rows; the second is taken out of the first where the dataset has no such split."""
     found = _read(settings)
     where = str(settings.dataset)
+    train = _training_rows(found, settings)
+    if settings.test_split in found and settings.test_split != settings.train_split:
+        return train, found[settings.test_split][: settings.eval_samples]
+    if len(train) < 2:
+        raise UsageError("has one row: nothing is left to hold out", where=where)
+    order = list(range(len(train)))
+    random.Random(settings.seed).shuffle(order)
+    count = min(max(1, round(len(train) * settings.test_size)), len(train) - 1)
+    return [train[i] for i in sorted(order[count:])], [train[i] for i in order[:count]][: settings.eval_samples]
+
+
+def _training_rows(found: Mapping[str, Rows], settings: Settings) -> Rows:
+    where = str(settings.dataset)
     if settings.train_split not in found:
         likely = next((name for name in found if "train" in name), next(iter(found)))
         raise UsageError(
@@ -109,14 +136,7 @@ def _splits(settings: Settings) -> tuple[Rows, Rows]:
     train = found[settings.train_split]
     if not train:
         raise UsageError(f"its split {settings.train_split!r} has no rows", where=where)
-    if settings.test_split in found and settings.test_split != settings.train_split:
-        return train, found[settings.test_split][: settings.eval_samples]
-    if len(train) < 2:
-        raise UsageError("has one row: nothing is left to hold out", where=where)
-    order = list(range(len(train)))
-    random.Random(settings.seed).shuffle(order)
-    count = min(max(1, round(len(train) * settings.test_size)), len(train) - 1)
-    return [train[i] for i in sorted(order[count:])], [train[i] for i in order[:count]][: settings.eval_samples]
+    return train
 
 
 def _read(settings: Settings) -> Mapping[str, Rows]:

@@ -1,7 +1,8 @@
 """`--backend modelopt`: the fake quantisers of ModelOpt, whose MXFP4 and NVFP4 are CUDA kernels.
 
-What they freeze is written in fp4conv's own files (`training_state`), which need no pickle to be read, and in
-ModelOpt's, for those who go on with its tools. ModelOpt's classes are met here and nowhere else.
+What they freeze is written in fp4conv's own files (`training_state`), which need no pickle to be read. Their buffers
+are kept out of the state_dict: transformers takes those of experts for experts, and cannot save them. ModelOpt's
+classes are met here and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from fp4conv.errors import PlanError, SourceError, UsageError
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat
-from fp4conv.modelopt_state import STATE_FILE, Quantizer
+from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
 from fp4conv.qat.recipes import check_format
@@ -109,11 +110,10 @@ class ModelOptBackend:
         weights = [held for _, held in _held(model, "weight")]
         share((held for held in weights if _format_of(held.quantizer) is NVFP4), weight_set_of)
         inputs = [held for _, held in _held(model, "input")]
-        share((held for held in inputs if _format_of(held.quantizer) is NVFP4), input_set_of)
+        share((held for held in inputs if _format_of(held.quantizer) is NVFP4), input_set_of, inputs=True)
+        _hide_buffers(model)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
-        import modelopt.torch.opt as mto
-
         quantizers: list[Quantizer] = []
         amax: dict[str, Amax] = {}
         for kind in ("weight", "input"):
@@ -125,7 +125,6 @@ class ModelOptBackend:
                 if found is NVFP4 and held.amax is not None:
                     amax[f"{held.file_name}._amax"] = np.asarray(held.amax.cpu().numpy(), np.float32)
         write_state(folder, self.name, quantizers, amax)
-        torch.save(mto.modelopt_state(model), folder / STATE_FILE)
 
     def load(self, model: torch.nn.Module, folder: Path) -> None:
         quantizers, amax = read_state(folder)
@@ -137,6 +136,7 @@ class ModelOptBackend:
                 stored = amax.get(f"{held.file_name}._amax")
                 if stored is not None:
                     held.amax = torch.tensor(float(stored.reshape(())), device=target.value.device)
+        _hide_buffers(model)
         if unused:
             raise SourceError(
                 f"{len(unused)} quantisers of its state belong to no weight of this model ({min(unused)})",
@@ -232,6 +232,14 @@ def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
     import modelopt.torch.quantization as mtq
 
     mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
+
+
+def _hide_buffers(model: torch.nn.Module) -> None:
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for module in model.modules():
+        if isinstance(module, TensorQuantizer):
+            module._non_persistent_buffers_set.update(module._buffers)
 
 
 def _file_names(target: Target, kind: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from fp4conv.formats import NVFP4
 from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
-from fp4conv.qat.quantizers import FakeQuantizer, attach, quantized_parameters
+from fp4conv.qat.quantizers import FakeQuantizer, attach, observing, quantized_parameters
 from fp4conv.qat.recipes import scheme_of
 from fp4conv.qat.state import Amax, read_state, write_state
 from fp4conv.qat.targets import Target, all_targets, choose, input_set_of, weight_set_of
@@ -45,13 +45,16 @@ class Fp4convBackend:
 
     def calibrate(self, model: torch.nn.Module, batches: Iterable[Batch]) -> None:
         pairs = list(_pairs(model))
-        if any(pair.inputs is not None and pair.inputs.takes_amax for pair in pairs):
-            _observe(model, pairs, batches)
+        inputs = [pair.inputs for pair in pairs if pair.inputs is not None and pair.inputs.takes_amax]
+        if inputs:
+            with observing(model, inputs), torch.no_grad():
+                for batch in batches:
+                    model(**batch)
         for pair in pairs:
             if pair.weight.takes_amax:
                 pair.weight.amax = _weight_amax(pair.target)
         share((pair.weight for pair in pairs if pair.weight.takes_amax), weight_set_of)
-        share((pair.inputs for pair in pairs if pair.inputs is not None and pair.inputs.takes_amax), input_set_of)
+        share(inputs, input_set_of, inputs=True)
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         quantizers: list[Quantizer] = []
@@ -133,26 +136,6 @@ def _weight_amax(target: Target) -> torch.Tensor:
     """float32 [], or [E] for experts that each have a scale."""
     magnitudes = target.value.detach().abs()
     return (magnitudes.flatten(1).amax(1) if target.each else magnitudes.amax()).to(torch.float32)
-
-
-def _observe(model: torch.nn.Module, pairs: Iterable[_Pair], batches: Iterable[Batch]) -> None:
-    """Run `batches` through the unquantised model, and note the largest magnitude that each input quantiser sees."""
-    pairs = list(pairs)
-    before = [(q, q.enabled) for pair in pairs for q in (pair.weight, pair.inputs) if q is not None]
-    training = model.training
-    model.eval()
-    try:
-        for pair in pairs:
-            pair.weight.enabled = False
-            if pair.inputs is not None:
-                pair.inputs.amax, pair.inputs.observing = None, True
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch)
-    finally:
-        for quantizer, enabled in before:
-            quantizer.enabled, quantizer.observing = enabled, False
-        model.train(training)
 
 
 def _restore(quantizer: FakeQuantizer, names: list[str], amax: Mapping[str, Amax], target: Target) -> None:

@@ -10,7 +10,7 @@ Owns one quantiser and how a module is made to use it. Which modules, with which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 
@@ -77,6 +77,25 @@ class FakeQuantizer(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.format_name}, enabled={self.enabled}, amax={self.amax}"
+
+
+@contextmanager
+def observing(model: torch.nn.Module, quantizers: Iterable[FakeQuantizer]) -> Iterator[None]:
+    """While it lasts, `model` runs unquantised and for evaluation, and `quantizers` note what they see, anew."""
+    held = [module for module in model.modules() if isinstance(module, FakeQuantizer)]
+    before = [(quantizer, quantizer.enabled) for quantizer in held]
+    training = model.training
+    model.eval()
+    try:
+        for quantizer in held:
+            quantizer.enabled = False
+        for quantizer in quantizers:
+            quantizer.amax, quantizer.observing = None, True
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.enabled, quantizer.observing = enabled, False
+        model.train(training)
 
 
 def attach(target: Target, weight: FakeQuantizer, inputs: FakeQuantizer | None) -> None:

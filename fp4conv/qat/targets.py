@@ -159,6 +159,12 @@ def input_set_of(name: str) -> str:
     return _EXPERT.sub(".experts.*.", shared_set_of(name) or name)
 
 
+def checkpoint_modules(target: Target) -> Iterator[str]:
+    """The modules of a checkpoint that `target` becomes."""
+    # What the tensors hold does not matter for their names.
+    yield from (module_of(name) for name, _ in checkpoint_tensors(target.weight, target.value, each=target.each))
+
+
 def checkpoint_tensors(weight: str, values: torch.Tensor, *, each: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a checkpoint that the parameter `weight` with `values` becomes: name and view.
 

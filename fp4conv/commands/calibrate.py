@@ -1,0 +1,155 @@
+"""`calibrate`: what the inputs of a model reach over a dataset, as the file that `convert --input-scales` reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fp4conv.errors import OutputError, PlanError, UsageError
+from fp4conv.input_scales import SUFFIXES
+from fp4conv.layouts import parse
+from fp4conv.model import JSON, Model, Stored
+from fp4conv.qat.settings import Settings
+from fp4conv.sources import open_source
+
+_NEEDED = ("torch", "transformers", "datasets")
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """`output`: the file. `inputs`, `kv`: how many amax of each kind are in it; over `samples` with `tokens`."""
+
+    model: str
+    dataset: str
+    output: str
+    inputs: int
+    kv: int
+    samples: int
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, JSON]:
+        return asdict(self)
+
+
+def calibrate(
+    model: str | Path,
+    *,
+    dataset: str | Path,
+    output: str | Path,
+    calib_samples: int = 128,
+    max_length: int = 2048,
+    train_split: str = "train",
+    subset: str | None = None,
+    kv_cache: bool = False,
+    attn_implementation: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[int, int], None] | None = None,
+) -> CalibrateResult:
+    """Run the model in folder (or of Hub id) `model` over the first `calib_samples` examples, and write `output`.
+
+    The file has an F32 [] '<module>.input_amax' for every layer that a conversion quantises by default, and with
+    `kv_cache` '<k_proj>.k_amax' and '<v_proj>.v_amax'. Examples are rows of `dataset` as `qat` takes them, cut at
+    `max_length` tokens. `tell(done, of)` is called after each. Raises the errors of fp4conv.errors.
+    """
+    target = Path(output)
+    _check_output(target, overwrite)
+    _check_packages()
+    parsed = parse(open_source(model))
+    if not Path(model).is_dir() and ("://" in str(model) or "@" in str(model)):
+        raise UsageError(
+            f"{model}: transformers, which runs the model, takes a folder or a plain Hub id",
+            hint="download this revision first, and give its folder: hf download ORG/NAME --local-dir DIR",
+        )
+    _check_format(parsed, str(model))
+    settings = Settings(
+        model=str(model),
+        dataset=str(dataset),
+        train_split=train_split,
+        subset=subset,
+        calib_samples=calib_samples,
+        max_length=max_length,
+        attn_implementation=attn_implementation,
+    )
+    started = time.monotonic()
+    amax, samples, tokens = _observed(settings, kv_cache, tell or (lambda done, of: None))
+    _check_names(amax, parsed)
+    _write(target, amax)
+    inputs = sum(name.endswith(".input_amax") for name in amax)
+    seconds = time.monotonic() - started
+    return CalibrateResult(
+        str(model), str(dataset), str(target), inputs, len(amax) - inputs, samples, tokens, round(seconds, 3)
+    )
+
+
+def _observed(settings: Settings, kv: bool, tell: Callable[[int, int], None]) -> tuple[dict[str, float], int, int]:
+    """(amax by name, examples, tokens)."""
+    from fp4conv.qat.calibrating import observe, one_by_one
+    from fp4conv.qat.data import first_examples
+    from fp4conv.qat.models import load_model, load_tokenizer, quiet
+
+    quiet()
+    folder = Path(str(settings.model))
+    examples = first_examples(settings, load_tokenizer(folder), settings.calib_samples)
+    if not examples:
+        raise UsageError("no example has a token", where=str(settings.dataset))
+    loaded = load_model(folder, settings)
+
+    batches = one_by_one([example.ids for example in examples], loaded.device, tell)
+    return observe(loaded, batches, kv=kv), len(examples), sum(len(example.ids) for example in examples)
+
+
+def _check_output(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise OutputError(
+            "is a folder, expected the name of a file", where=str(target), hint="such as amax.safetensors"
+        )
+    if target.exists() and not overwrite:
+        raise OutputError("exists already", where=str(target), hint="give another name, or --overwrite")
+    if not target.parent.is_dir():
+        raise OutputError("its folder does not exist", where=str(target), hint=f"make it: mkdir -p {target.parent}")
+
+
+def _check_packages() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"calibration runs the model, and needs {', '.join(missing)}", hint="pip install 'fp4conv[qat]'"
+        )
+
+
+def _check_format(model: Model, name: str) -> None:
+    """transformers loads dense weights, and gpt-oss in MXFP4."""
+    quantized = {weight.format_name for weight in model.weights if not isinstance(weight.base, Stored)}
+    if quantized - ({"mxfp4"} if model.layout == "openai" else set()):
+        raise PlanError(
+            f"its weights are {' and '.join(sorted(quantized))}, which transformers does not run as they are",
+            where=name,
+            hint=f"calibrate the BF16 model; or upcast it first: fp4conv convert {name} DIR --to bf16",
+        )
+
+
+def _check_names(amax: dict[str, float], model: Model) -> None:
+    """Every module is one of the checkpoint, by its name: else `convert` could not find it."""
+    known = {weight.module for weight in model.weights}
+    for name in amax:
+        module = name.removesuffix(next(suffix for suffix in SUFFIXES if name.endswith(suffix)))
+        if module not in known:
+            raise PlanError(
+                f"transformers calls a layer {module}, and the checkpoint has none of that name",
+                where=model.source.name,
+                hint="this release of transformers names the modules of this model in another way than its checkpoint",
+            )
+
+
+def _write(target: Path, amax: dict[str, float]) -> None:
+    from safetensors.numpy import save_file
+
+    partial = target.with_name(f".{target.name}.partial")
+    save_file({name: np.asarray(value, np.float32) for name, value in sorted(amax.items())}, partial)
+    partial.replace(target)
