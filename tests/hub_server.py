@@ -35,7 +35,8 @@ PIECE_BYTES = 2**16
 class Fault:
     """What goes wrong with the next `times` requests that `where` is found in, as 'GET /org/name/resolve/...'.
 
-    `status`: answered by this instead. `cut_after`: the connection ends after so many bytes of the body. `shorter`:
+    `status`: answered by this instead. `cut_after`: the connection ends after so many bytes of the body, of an
+    answer or of an upload. `shorter`:
     the body lacks so many bytes, and says so. `flip`: this byte of the file is another. `etag`: what the ETag begins
     with, in place of the true one. `pause`: seconds before each 64 KiB. `until`: nothing is sent before it is set.
     """
@@ -473,6 +474,10 @@ class _Handler(BaseHTTPRequestHandler):
         return {"href": href, "header": {"chunk_size": str(PART_BYTES), **parts}}
 
     def upload(self, query: Query, digest: str, part: str = "") -> None:
+        if self.fault and self.fault.cut_after is not None:
+            self.rfile.read(self.fault.cut_after)
+            self.connection.shutdown(2)
+            raise _Answered
         content = self._read_body()
         if part:
             self.hub.store.path(f"{digest}.part{part}").write_bytes(content)

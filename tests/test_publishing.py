@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Fault, Hub, turn_client
 from hub_store import Pull
-from test_streaming import watched
+from watching import watched
 
 import fp4conv
 from fp4conv.cli import main
@@ -139,6 +140,9 @@ def test_from_hub_to_hub_on_a_disk_smaller_than_the_model(
     monkeypatch.chdir(tmp_path)
     options = ["--to", "mxfp4", "--max-shard-size", "500kB", "--stream", "--push-to-hub", REPO, "--json"]
     planned = json.loads(CliRunner().invoke(main, ["convert", "org/base", *options, "--dry-run"]).stdout)
+    shown = CliRunner().invoke(main, ["convert", "org/base", *options[:-1], "--dry-run"]).stdout
+    assert f"publishes  {hub.endpoint}/{REPO}" in shown
+    assert REPO not in hub.store.repos
     least = planned["download"]["least_max_disk_bytes"]
     bound = f"{-(-least // 1000)}kB"
     weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -157,6 +161,19 @@ def test_from_hub_to_hub_on_a_disk_smaller_than_the_model(
     assert f"the least that works is --max-disk {as_option(least)}" in short.stderr
 
 
+def test_the_licence_of_a_folder_in_a_repository_is_that_of_the_repository(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"sub/{name}": content for name, content in contents(source).items()}
+    hub.add("org/base", {**files, CARD: b"---\nlicense: gemma\n---\n"})
+    monkeypatch.chdir(tmp_path)
+    fp4conv.convert("hf://org/base/sub", push_to_hub=REPO, stream=True, to="bf16")
+    card = hub.files(REPO)[CARD].decode()
+    assert "license: gemma" in card
+    assert "base_model:\n- org/base\n" in card
+    assert "Nothing was quantised." in card
+
+
 # ---- faults
 
 
@@ -169,6 +186,7 @@ def test_hiccups_of_the_hub_are_sat_out(
         Fault("POST .*/commit/", status=500, times=2),
         Fault("POST .*/commit/", status=429, times=3),
         Fault("PUT /upload/", status=503),
+        Fault("PUT /upload/", cut_after=100_000),
         Fault("GET .*/tree/", status=502),
     ]
     fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
@@ -346,6 +364,21 @@ def test_who_may_not_write_is_told_before_anything_is_made(
     assert "hf auth login" in str(caught.value)
     assert not (tmp_path / "dst.partial").exists()
     assert published(hub) == {"notes.txt": b"x"}
+
+
+def test_without_a_network_it_says_so_at_once(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setattr("fp4conv.publishing.repository.PAUSES", (1000.0,))
+        with pytest.raises(OutputError, match=r"cannot be reached(.|\n)*Check the connection and HF_ENDPOINT, and run"):
+            fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set, so nothing can be published"):
+        fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
+    assert not (tmp_path / "dst.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,7 +182,7 @@ CARD = Card(
     servers=(),
     version="1.2.3",
     command="fp4conv convert org/base --to mxfp4 --exclude 'a|b'",
-    measured=True,
+    quantised=24,
     sqnr_db=18.25,
     worst=("model.layers.0.mlp.experts.down_proj", 17.5),
     adapters=("org/adapter",),
@@ -227,6 +228,17 @@ def test_a_card_in_full() -> None:
 def test_a_base_card_that_is_broken_or_hostile_gives_nothing(head: str) -> None:
     assert "license" not in read_metadata(write_card(CARD, head + "text", ""))
     assert END in write_card(CARD, "", head + "text")
+
+
+def test_a_card_says_what_is_known_of_the_error() -> None:
+    def cost(**known: object) -> str:
+        text = write_card(replace(CARD, **known), "", "")  # type: ignore[arg-type]
+        return text.partition("## What the format costs\n\n")[2].partition("\n")[0]
+
+    assert cost(quantised=None).startswith("Not measured")
+    assert cost(quantised=0, format="bf16").startswith("Nothing was quantised. Values are those of the source, rounded")
+    assert cost(sqnr_db=None, worst=None) == "Nothing was lost: every value is as it was in the source."
+    assert cost(lossy_blocks=1234).endswith("1,234 blocks of 16 values could not be held exactly.")
 
 
 def test_a_card_that_is_written_again_is_the_same() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 from checkpoints import tree
+from watching import watched
 
 import fp4conv
 from fp4conv.commands.convert import plan_conversion, write_files
@@ -19,7 +19,7 @@ from fp4conv.pipeline.hint_files import write_hints
 from fp4conv.pipeline.holding import Holding
 from fp4conv.pipeline.run import run
 from fp4conv.plan import Plan
-from fp4conv.staging import JOURNAL_NAME, stage
+from fp4conv.staging import stage
 from fp4conv.streaming import (
     Side,
     disk_bound,
@@ -75,27 +75,6 @@ class Away:
         (self._shelf / file).parent.mkdir(exist_ok=True)
         shutil.move(self._partial / file, self._shelf / file)
         gone()
-
-
-@contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that the files below `folder` took, looked at all the time; the journal is not counted."""
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.is_set():
-            with suppress(FileNotFoundError):  # something went while it was looked at: look again
-                files = [path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL_NAME]
-                peak[0] = max(peak[0], sum(path.stat().st_size for path in files))
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 def stream(plan: Plan, target: Path, bound: int, away: Away, workers: int = 2) -> int:

@@ -177,5 +177,5 @@ def _dry_run(src: str, dst: str | None, as_json: bool, quiet: bool, options: dic
         print_json(result.to_json())
         return
     assert result.forecast is not None, "a dry run has one"
-    print_view(plan_view(plan, forecast=result.forecast))
+    print_view(plan_view(plan, forecast=result.forecast, publish=push.url if push else ""))
     warn(plan.warnings, quiet)

@@ -61,6 +61,10 @@ class Push:
         told = self.on_bytes
         return lambda sent: told(min(sent, total), total)
 
+    @property
+    def url(self) -> str:
+        return Repository(self.repo).url
+
     def note(self, text: str) -> None:
         if self.on_note is not None:
             self.on_note(text)

@@ -45,8 +45,8 @@ class Card:
     """What a card says. `bases`: ids on the Hub of the model and adapters that it was made from.
 
     `relation`: 'quantized', 'finetune' or '' as the Hub knows them. `source`: how to name where it comes from.
-    `sqnr_db`: of all quantised values, None where it was not measured, and `worst` (tensor, dB); `measured` says
-    whether that was at all. `command`: what to type for the same bytes.
+    `quantised`: how many weights' error was measured, None where only finished files were at hand; `sqnr_db` of all
+    their values, None where nothing was lost, and `worst` (tensor, dB). `command`: what to type for the same bytes.
     """
 
     repo: str
@@ -60,7 +60,7 @@ class Card:
     servers: tuple[Verdict, ...]
     version: str
     command: str = ""
-    measured: bool = False
+    quantised: int | None = None
     sqnr_db: float | None = None
     worst: tuple[str, float] | None = None
     lossy_blocks: int = 0
@@ -173,9 +173,11 @@ def _part(part: Part) -> str:
 
 
 def _cost(card: Card) -> str:
-    if not card.measured:
+    if card.quantised is None:
         return "Not measured: only the finished files were at hand."
-    if card.sqnr_db is None:
+    if not card.quantised:
+        words = f"Nothing was quantised. Values are those of the source, rounded where {card.format.upper()} needs it."
+    elif card.sqnr_db is None:
         words = "Nothing was lost: every value is as it was in the source."
     else:
         words = f"The signal-to-noise ratio of the quantised weights against the source's is {card.sqnr_db:.2f} dB"

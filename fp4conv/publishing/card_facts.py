@@ -33,7 +33,7 @@ def card_of(plan: Plan, result: ConvertResult, repo: str, command: str) -> Card:
         servers=plan.servers,
         version=plan.version,
         command=command,
-        measured=True,
+        quantised=len(result.per_tensor),
         sqnr_db=result.sqnr_db,
         worst=(worst, known[worst]) if worst else None,
         lossy_blocks=result.lossy_blocks,

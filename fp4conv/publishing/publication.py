@@ -112,6 +112,8 @@ class Publication:
                 if not batch:
                     return
                 self._send({name: self._root / name for name, _ in batch}, _title(batch[0][0], len(batch)))
+                if self._stop.is_set():
+                    return  # nobody wrote down that it was sent
                 for name, gone in batch:
                     if self._drop:
                         (self._root / name).unlink(missing_ok=True)

@@ -65,6 +65,7 @@ class Repository:
         self.repo = repo
         self._on_note = on_note or (lambda _: None)
         self._stop = threading.Event()
+        self._answered = False
 
     @property
     def url(self) -> str:
@@ -230,6 +231,8 @@ class Repository:
                 yield
         except OutputError as error:
             cause = error.__cause__
+            while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # 'error while uploading'
+                cause = cause.__cause__
             if isinstance(cause, OfflineModeIsEnabled):
                 error.what = "HF_HUB_OFFLINE is set, so nothing can be published"
                 error.hint = "Unset it and run the same command again."
@@ -241,6 +244,8 @@ class Repository:
                     f"Your login may not do this in {self.repo}. Give a repository of your own, or log in with a token "
                     "that may write there: hf auth login, or HF_TOKEN."
                 )
+            elif "cannot be reached" in error.what:
+                error.hint = "Check the connection and HF_ENDPOINT, and run the same command again."
             raise
 
     def _patiently(self, ask: Callable[[], _Answer], quota: int = 0) -> _Answer:
@@ -251,9 +256,13 @@ class Repository:
         pauses = list(PAUSES)
         while True:
             try:
-                return ask()
+                answer = ask()
+                self._answered = True
+                return answer
             except Exception as error:
-                if self._stop.is_set() or not is_transient(error):
+                # Whoever has no network wants to know, and not wait for it; an hour later it is worth a wait.
+                nobody = type(error).__name__ == "ConnectError" and not self._answered
+                if self._stop.is_set() or nobody or not is_transient(error):
                     raise
                 if getattr(getattr(error, "response", None), "status_code", None) == 429 and quota:
                     quota -= 1

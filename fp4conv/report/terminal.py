@@ -53,8 +53,8 @@ def grid(*alignments: str) -> Table:
     return table
 
 
-def plan_view(plan: Plan, *, forecast: Forecast) -> RenderableType:
-    """The plan of a dry run: tensors by action, sizes, shards, disk, memory, servers."""
+def plan_view(plan: Plan, *, forecast: Forecast, publish: str = "") -> RenderableType:
+    """The plan of a dry run: tensors by action, sizes, shards, disk, memory, servers; where it would be published."""
     counts = Counter((step.action, step.target) for step in plan.model_steps)
     written: Counter[tuple[Action, str]] = Counter()
     for step in plan.model_steps:
@@ -82,6 +82,8 @@ def plan_view(plan: Plan, *, forecast: Forecast) -> RenderableType:
         if model.source.pinned is not None:
             facts.add_row("download", _download_words(forecast.download))
         facts.add_row("stream", _stream_words(forecast.download))
+    if publish:
+        facts.add_row("publishes", publish)
     needed, free = forecast.disk_needed_bytes, forecast.disk_free_bytes
     disk = Text(f"needs {format_size(needed)}, {format_size(free)} free")
     if needed > free:
