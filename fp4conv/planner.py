@@ -97,7 +97,7 @@ def make_plan(model: Model, options: Options) -> Plan:
     )
     drafts = [_draft(goal, weight) for weight in model.weights]
     drafts += [Draft(part.name, Action.COPY, ((part, origin),), "f32") for part, origin in kv_scales]
-    drafts.sort(key=lambda draft: natural_key(draft.key))
+    drafts = _in_order_of_source(drafts, model)
     _check_groups(drafts)
     _check_names(drafts)
     steps, shards = _place(drafts, options.max_shard_bytes)
@@ -305,6 +305,22 @@ def _check_names(drafts: Sequence[Draft]) -> None:
 
 
 # ---- places
+
+
+def _in_order_of_source(drafts: Sequence[Draft], model: Model) -> list[Draft]:
+    """File after file of the source, and within a file by names.
+
+    Shards of models in the field are cut along any order of names ('layers.10' before 'layers.2'). Following it, a run
+    needs few of them at a time, and what it writes is whole soon: so a disk can be smaller than the model.
+    """
+    ranks = {file.name: rank for rank, file in enumerate(model.source.files) if file.weights}
+
+    def place(draft: Draft) -> tuple[int, object]:
+        refs = [*(draft.weight.base.refs if draft.weight else ()), *(origin for _, origin in draft.parts)]
+        files = [ref.file for ref in refs if isinstance(ref, TensorRef)]
+        return min((ranks.get(file, len(ranks)) for file in files), default=len(ranks)), natural_key(draft.key)
+
+    return sorted(drafts, key=place)
 
 
 def _place(drafts: Iterable[Draft], max_shard_bytes: int) -> tuple[tuple[Step, ...], dict[str, ShardLayout]]:

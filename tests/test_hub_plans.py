@@ -13,10 +13,10 @@ from fp4conv.commands.convert import plan_conversion
 from fp4conv.plan import peak_bytes
 from fp4conv.safetensors_io import lay_out
 from fp4conv.sizes import format_size
-from fp4conv.streaming import smallest_disk
+from fp4conv.streaming import smallest_disk, source_files
 from fp4conv.synthetic import share_out
 from fp4conv.synthetic.companions import companion_files
-from fp4conv.synthetic.shapes import FAMILIES, Geometry, model_bytes, model_tensors
+from fp4conv.synthetic.shapes import FAMILIES, Geometry, Tensor, model_bytes, model_tensors
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 GPT_OSS_20B = replace(FAMILIES["gpt-oss"], format="mxfp4")
@@ -35,7 +35,7 @@ def sparse(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def write_sparse(folder: Path, geometry: Geometry) -> None:
     folder.mkdir()
-    shards = share_out(model_tensors(geometry), SHARD_BYTES)
+    shards = share_out(sorted(model_tensors(geometry), key=_as_text), SHARD_BYTES)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         file = f"model-{number:05d}-of-{len(shards) - 1:05d}.safetensors"
@@ -47,6 +47,12 @@ def write_sparse(folder: Path, geometry: Geometry) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for name, text in companion_files(geometry).items():
         (folder / name).write_text(text)
+
+
+def _as_text(tensor: Tensor) -> tuple[bool, str]:
+    """The order of their published shards: layers as text (0, 1, 10, ...), what is in no layer last."""
+    parts = tensor.name.split(".")
+    return (False, parts[2]) if "layers" in parts else (True, "")
 
 
 @pytest.mark.parametrize("to", ["bf16", "nvfp4"])
@@ -67,3 +73,13 @@ def test_the_readme_says_what_the_plan_says(sparse: Path, to: str) -> None:
     assert f"| `fp4conv convert openai/{sparse.name} --to {to} --stream --push-to-hub REPO` | {leaving} |" in text
     for most, workers in zip(bounds.groups(), (2, 8), strict=True):
         assert peak_bytes(plan, 10**9, workers) <= int(most) * 10**6
+
+
+def test_files_of_the_source_are_worked_on_one_after_the_other(sparse: Path) -> None:
+    """Though they are cut along layers as text, and a plan by layers would go to and fro between them."""
+    plan = plan_conversion(sparse, to="mxfp4")
+    visited = [source_files(step)[0] for step in plan.steps]
+    changes = [file for before, file in zip(["", *visited], visited, strict=False) if file != before]
+    assert changes == sorted(set(visited))
+    layers = [int(found[1]) for step in plan.steps if (found := re.search(r"layers\.(\d+)\.", step.key))]
+    assert layers != sorted(layers)
