@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ import fp4conv
 from fp4conv.cli import main
 from fp4conv.commands.convert import plan_conversion
 from fp4conv.errors import Fp4convError, OutputError, ResumeError, UsageError
-from fp4conv.publishing.card import BEGIN, END
+from fp4conv.publishing.card import BEGIN, END, read_metadata
 from fp4conv.publishing.publication import Publication
 from fp4conv.sizes import as_option
 from fp4conv.streaming import smallest_disk
@@ -174,6 +174,23 @@ def test_the_licence_of_a_folder_in_a_repository_is_that_of_the_repository(
     assert "Nothing was quantised." in card
 
 
+def test_an_adapter_is_merged_from_hub_to_hub(
+    hub: Hub, reference: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = reference("llama-bf16"), reference("lora-variants/llama-patterns/adapter")
+    hub.add("org/base", base)
+    hub.add("org/adapter", adapter)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["merge-lora", "org/base", "org/adapter", "--stream", "--push-to-hub", REPO])
+    assert done.exit_code == 0, done.stderr
+    fp4conv.merge_lora(base, adapter, tmp_path / "local")
+    assert published(hub) == contents(tmp_path / "local")
+    card = hub.files(REPO)[CARD].decode()
+    assert "base_model:\n- org/base\n- org/adapter\nbase_model_relation: finetune\n" in card
+    assert "with [org/adapter](https://huggingface.co/org/adapter) (" in card
+    assert "Nothing was quantised." in card
+
+
 # ---- faults
 
 
@@ -189,8 +206,21 @@ def test_hiccups_of_the_hub_are_sat_out(
         Fault("PUT /upload/", cut_after=100_000),
         Fault("GET .*/tree/", status=502),
     ]
-    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
+    notes: list[str] = []
+    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, on_note=notes.append, **OPTIONS)  # type: ignore[arg-type]
+    assert [note.partition(";")[0] for note in notes[1:]] == ["the Hub takes no more commits for now"] * 3
     assert published(hub) == contents(local)
+
+
+def test_metadata_that_the_hub_refuses_is_left_out(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """At the very end, when hours of work are there already, is no time to fail for a licence of an unknown name."""
+    hub.faults.append(Fault("POST /api/validate-yaml", status=400))
+    notes: list[str] = []
+    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, on_note=notes.append, **OPTIONS)  # type: ignore[arg-type]
+    card = hub.files(REPO)[CARD].decode()
+    assert set(read_metadata(card)) == {"library_name", "tags"}
+    assert card.count(BEGIN) == card.count(END) == 1
+    assert "left out" in notes[-1]
 
 
 def test_an_answer_that_is_lost_makes_no_second_commit(

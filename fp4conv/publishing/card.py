@@ -21,6 +21,7 @@ _HEAD = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", r
 _LARGEST_HEAD = 100_000
 # What holds for a copy in another number format as it does for the base.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+_OWN = ("base_model", "base_model_relation", "library_name", "tags")
 _FORMATS = {
     MXFP4.name: "E2M1 codes, one E8M0 scale for 32 values",
     NVFP4.name: "E2M1 codes, one E4M3 scale for 16 values, one F32 scale for a tensor",
@@ -91,6 +92,12 @@ def read_metadata(text: str) -> dict[str, JSON]:
     if not isinstance(parsed, dict):
         return {}
     return {key: value for key, value in parsed.items() if isinstance(key, str) and _is_plain(value)}
+
+
+def with_own_metadata(text: str) -> str:
+    """A card of ours without what it took over from others, for a Hub that does not accept that."""
+    kept = {key: value for key, value in read_metadata(text).items() if key in _OWN}
+    return f"---\n{_yaml(kept)}\n---\n" + _HEAD.sub("", text, count=1)
 
 
 def _is_plain(value: object) -> bool:

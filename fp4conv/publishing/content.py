@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fp4conv.model import JSON
 
 if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
+    from huggingface_hub.hf_api import RepoFile
 
 _CHUNK = 1 << 20
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from fp4conv.errors import Fp4convError, OutputError
 from fp4conv.hints.values import FOLDER
 from fp4conv.model import JSON
+from fp4conv.publishing.card import with_own_metadata
 from fp4conv.publishing.content import Content
 from fp4conv.publishing.published import Published
 from fp4conv.publishing.repository import CARD, Pull, Repository, has_model, replaced
@@ -215,10 +216,18 @@ class Publication:
     def _send_card(self, card: Callable[[str], str], stale: Collection[str]) -> None:
         tree = self._repository.files(self._pull.ref)
         old = self._repository.read(CARD, self._pull.ref) if CARD in tree else b""
-        text = card(old.decode("utf-8", "replace")).encode()
+        text = card(old.decode("utf-8", "replace"))
         gone = [name for name in stale if name in tree]
-        if gone or not Content.of_bytes(text).is_in(tree, CARD):
-            self._send({CARD: text}, "Add the model card" + (", remove what it replaces" if gone else ""), gone)
+        if not gone and Content.of_bytes(text.encode()).is_in(tree, CARD):
+            return
+        message = "Add the model card" + (", remove what it replaces" if gone else "")
+        try:
+            self._send({CARD: text.encode()}, message, gone)
+        except OutputError as error:
+            if "Invalid metadata" not in error.what:
+                raise
+            self._repository.note(f"metadata of the base's card is left out, since {error.what}")
+            self._send({CARD: with_own_metadata(text).encode()}, message, gone)
 
     def _check_whole(self, files: Collection[str], stale: Collection[str], revision: str) -> None:
         """OutputError unless `revision` has every file as it was sent, a card, and nothing that was replaced."""

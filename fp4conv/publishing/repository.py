@@ -18,7 +18,8 @@ from fp4conv.hub.failures import explained, is_transient
 from fp4conv.publishing.content import Content
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
 # Seconds between attempts, on top of what huggingface_hub tries itself: a conversion of hours outlives a hiccup.
 PAUSES = (1.0, 4.0, 15.0, 60.0)
@@ -108,7 +109,7 @@ class Repository:
             self._patiently(lambda: self._api().create_repo(self.repo, private=private or None, exist_ok=True))
 
     def files(self, revision: str) -> dict[str, RepoFile]:
-        from huggingface_hub import RepoFile
+        from huggingface_hub.hf_api import RepoFile
 
         with self._explained():
             listed = self._patiently(
@@ -210,6 +211,9 @@ class Repository:
             except Exception as error:
                 if not is_transient(error) or self.pull(pull.number)[0].status != "merged":
                     raise
+
+    def note(self, text: str) -> None:
+        self._on_note(text)
 
     def stop(self) -> None:
         """Nobody waits for an answer any more."""
