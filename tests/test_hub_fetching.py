@@ -182,6 +182,7 @@ def test_a_fault_that_stays_is_named_and_the_same_command_goes_on(
         convert(tmp_path / "out", stream=stream, on_plan=lambda *_: served.faults.append(own))
     assert "00005-of" in str(caught.value.where)
     assert "goes on from there" in str(caught.value)
+    assert ("--stream" in str(caught.value)) == stream
     assert not (tmp_path / "out").exists()
     served.faults.clear()
     fetched: list[int] = []

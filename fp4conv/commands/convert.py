@@ -127,7 +127,7 @@ def convert(
         push_to_hub, private=private, overwrite=overwrite, stream=stream, on_bytes=on_upload, on_note=on_note
     )
     place = place_of(destination, push)
-    typed = command or _command_line(source, destination, options, push, max_disk)
+    typed = command or _command_line(source, destination, options, _disk_words(push, stream, max_disk))
     pins = pins_of(place, typed if overwrite else None)
     plan = settle(plan_conversion(source, **options, pins=pins), repair=repair, hints=hints)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
@@ -285,8 +285,7 @@ def _command_line(
     source: str | Path,
     destination: str | Path | None,
     options: _PlanOptions,
-    push: Push | None,
-    max_disk: int | str | None,
+    more: Sequence[str],
 ) -> str:
     """What a user types to get the same bytes: for the journal, and for the message of a run that stopped."""
     words = ["fp4conv", "convert", str(source), *([] if destination is None else [str(destination)])]
@@ -298,9 +297,13 @@ def _command_line(
             continue
         for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
             words += [option, str(value.value if isinstance(value, Enum) else value)]
-    return shlex.join(
-        [*words, *(push.words if push else ()), *([] if max_disk is None else ["--max-disk", str(max_disk)])]
-    )
+    return shlex.join([*words, *more])
+
+
+def _disk_words(push: Push | None, stream: bool, max_disk: int | str | None) -> tuple[str, ...]:
+    """The options about what is kept, as they are typed."""
+    own = push.words if push is not None else ("--stream",) * stream
+    return (*own, *(() if max_disk is None else ("--max-disk", str(max_disk))))
 
 
 _Choice = TypeVar("_Choice", bound=Enum)

@@ -13,7 +13,7 @@ from fp4conv.model import Pinned
 from fp4conv.pipeline.supply import FOLDER, FromHub, source_bytes
 from fp4conv.plan import Plan
 from fp4conv.report.converted import DownloadForecast
-from fp4conv.sizes import parse_size
+from fp4conv.sizes import format_size, parse_size
 from fp4conv.staging import Staging
 from fp4conv.staging.places import nearest_existing
 from fp4conv.streaming import disk_bound, smallest_disk
@@ -73,8 +73,8 @@ class Fetching:
         free = shutil.disk_usage(cache).free
         if self.missing_bytes > free:
             raise OutputError(
-                f"the disk is too small for the download: {self.missing_bytes / 1e9:.2f} GB are needed, "
-                f"{free / 1e9:.2f} GB are free",
+                f"the disk is too small for the download: {format_size(self.missing_bytes)} are needed, "
+                f"{format_size(free)} are free",
                 where=str(cache),
                 hint="Free some space, set HF_HUB_CACHE to a folder on another disk, or add --stream.",
             )

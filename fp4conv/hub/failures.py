@@ -103,8 +103,8 @@ def _of_machine(error: BaseException) -> Words:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             "the disk is full: the download stopped",
-            f"Free some space, or let the cache be on another disk: HF_HUB_CACHE (now {constants.HF_HUB_CACHE}).\n"
-            "  --stream keeps no more than --max-disk of the source, beside DST. The same command goes on.",
+            f"Free some space. The cache may be on another disk: HF_HUB_CACHE (now {constants.HF_HUB_CACHE}); with\n"
+            "  --stream it takes no copy, and --max-disk bounds what lies beside DST. The same command goes on.",
         )
     if _is_network(error):
         return (
