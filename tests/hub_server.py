@@ -74,6 +74,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     page_length: int = 1000
+    without_pulls: set[str] = field(default_factory=set)
 
     def add(self, repo_id: str, files: Mapping[str, bytes] | Path, **options: Any) -> str:
         """A repository with these files, or those of a folder, on main; the commit's name."""
@@ -577,6 +578,8 @@ class _Handler(BaseHTTPRequestHandler):
         found, asked = self._repo(repo, write=True), self._json()
         if not asked.get("pullRequest"):
             raise Refused(400, message="this Hub has pull requests alone")
+        if repo in self.hub.without_pulls:
+            raise Refused(403, message="Discussions are disabled for this repo.")
         pull = self.hub.store.open_pull(found, asked["title"])
         self.reply(200, None, {"num": pull.num, "url": f"{self.hub.endpoint}/{repo}/discussions/{pull.num}"})
 

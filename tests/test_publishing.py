@@ -396,6 +396,14 @@ def test_who_may_not_write_is_told_before_anything_is_made(
     assert published(hub) == {"notes.txt": b"x"}
 
 
+def test_a_repository_without_pull_requests_is_named(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add(REPO, {"notes.txt": b"x"})
+    hub.without_pulls.add(REPO)
+    with pytest.raises(OutputError, match=r"are disabled for this repo(.|\n)*Allow pull requests in its settings"):
+        fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
+    assert not (tmp_path / "dst.partial").exists()
+
+
 def test_without_a_network_it_says_so_at_once(
     hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,9 +37,8 @@ class Publication:
     """Sends files of `root` to `pull`. `take` is called as they become whole, `finish` when all are there.
 
     `on_sent` is told how many bytes the pull request has. With `drop`, a file is removed when the pull request has it.
-    `known`: what an earlier run noted as sent; of those
-    the ones that the pull request has are not sent again. Used as a context: what is under way when it ends in an
-    error is let go of.
+    `known`: what an earlier run noted as sent; of those the ones that the pull request has are not sent again. Used as
+    a context: what is under way when it ends in an error is let go of.
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class Publication:
 
     @property
     def sent(self) -> Collection[str]:
+        """Files that need not be here any more."""
         return frozenset(self._sent) if self._drop else frozenset()
 
     @property
@@ -84,9 +84,11 @@ class Publication:
         return sum(content.nbytes for content in self._sent.values())
 
     def take(self, file: str, gone: Callable[[], None]) -> None:
+        """Send a file when its turn comes; then `gone` is called."""
         self._waiting.put((file, gone))
 
     def check(self) -> None:
+        """Raise what went wrong on the way."""
         if self._errors:
             raise self._errors[0]
 
