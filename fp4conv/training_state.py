@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from fp4conv.errors import SourceError
 from fp4conv.formats import BLOCK_FORMATS
-from fp4conv.model import JSON
+from fp4conv.model import FP8, JSON
 from fp4conv.modelopt_state import Quantizer
 
 STATE = "fp4conv/training.json"
@@ -43,7 +43,11 @@ def parse_state(state: Mapping[str, JSON]) -> dict[str, Quantizer]:
     found = {}
     for name, facts in listed.items():
         format_name, enabled = (facts.get("format"), facts.get("enabled")) if isinstance(facts, dict) else (None, None)
-        if not isinstance(format_name, str) or format_name not in BLOCK_FORMATS or not isinstance(enabled, bool):
+        if (
+            not isinstance(format_name, str)
+            or format_name not in (*BLOCK_FORMATS, FP8)
+            or not isinstance(enabled, bool)
+        ):
             raise SourceError(f"its entry of {name} is {facts!r}", where=STATE, hint=_HINT)
         found[name] = Quantizer(name, enabled, format_name)
     return found

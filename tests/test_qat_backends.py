@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import array_of, read_raw
 from safetensors.numpy import load_file
 
 import fp4conv
@@ -23,6 +24,7 @@ from fp4conv.qat.backend import Backend, Recipe, open_backend
 from fp4conv.qat.checks import check_exported, check_forward, check_saved, check_shared
 from fp4conv.qat.fake_quant import fake_quantise
 from fp4conv.qat.quantizers import FakeQuantizer
+from fp4conv.qat.recipes import SCHEMES
 from fp4conv.qat.targets import canonical
 
 transformers = pytest.importorskip("transformers")
@@ -153,6 +155,108 @@ def test_calibration_is_that_of_modelopt(reference: Reference, tmp_path: Path, n
     ours, theirs = (load_file(tmp_path / kind / "fp4conv/training.safetensors") for kind in states)
     assert ours.keys() == theirs.keys() != set()
     assert {key: float(value) for key, value in ours.items()} == {key: float(value) for key, value in theirs.items()}
+
+
+# ---- recipes
+
+
+def quantizers_of(backend: Backend, model: torch.nn.Module, recipe: Recipe, folder: Path) -> dict[str, object]:
+    """Quantiser -> what the state says of it, after `prepare` alone."""
+    backend.check(recipe)
+    backend.prepare(model, recipe)
+    folder.mkdir(parents=True)
+    backend.save(model, folder)
+    found: dict[str, object] = json.loads((folder / "fp4conv/training.json").read_text())["quantizers"]
+    return found
+
+
+@pytest.mark.parametrize("name", [*SCHEMES])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_the_table_of_recipes_says_what_modelopt_does(reference: Reference, tmp_path: Path, name: str) -> None:
+    recipe = Recipe(SCHEMES[name].format_name, name)
+    for model in MODELS if name != "NVFP4_EXPERTS_ONLY_CFG" else ("gptoss-bf16", "qwen3moe-bf16"):
+        own, theirs = (
+            quantizers_of(open_backend(kind), load(reference(model)), recipe, tmp_path / model / kind)
+            for kind in ("fp4conv", "modelopt")
+        )
+        assert own == theirs != {}, model
+
+
+@pytest.mark.parametrize("kind", ["fp4conv", "modelopt"])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_a_recipe_that_matches_nothing(reference: Reference, kind: str) -> None:
+    with pytest.raises(PlanError, match="nothing to quantise"):
+        open_backend(kind).prepare(load(reference("llama-bf16")), Recipe("nvfp4", "NVFP4_EXPERTS_ONLY_CFG"))
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_a_recipe_with_an_fp8_kv_cache_brings_its_scales(reference: Reference, tmp_path: Path) -> None:
+    recipe = Recipe("nvfp4", "general/ptq/nvfp4_default-kv_fp8")
+    backend = open_backend("modelopt")
+    model = prepared(backend, load(reference("llama-bf16")), recipe)
+    model.save_pretrained(tmp_path / "trained")
+    backend.save(model, tmp_path / "trained")
+    fp4conv.convert(tmp_path / "trained", tmp_path / "out", to="nvfp4")
+    raw = read_raw(tmp_path / "out")
+    amax = load_file(tmp_path / "trained/fp4conv/training.safetensors")
+    for layer, letter in ((0, "k"), (1, "v")):
+        stem = f"model.layers.{layer}.self_attn"
+        frozen = amax[f"{stem}.{letter}_bmm_quantizer._amax"]
+        scale = array_of(raw[f"{stem}.{letter}_proj.{letter}_scale"]).reshape(())
+        assert scale == np.float32(frozen / np.float32(448))
+    again = load(reference("llama-bf16"))
+    backend.load(again, tmp_path / "trained")
+    assert torch.equal(logits(again), logits(model))
+    cast = Recipe("nvfp4", "general/ptq/nvfp4_default-kv_fp8_cast")
+    backend.save(prepared(backend, load(reference("llama-bf16")), cast), tmp_path)
+    assert load_file(tmp_path / "fp4conv/training.safetensors")["model.layers.0.self_attn.k_bmm_quantizer._amax"] == 448
+
+
+@pytest.mark.parametrize(
+    ("recipe", "match"),
+    [
+        (Recipe("nvfp4", "NVFP4_AWQ_LITE_CFG"), "calibrates by 'awq_lite'"),
+        (Recipe("nvfp4", "NVFP4_SVDQUANT_DEFAULT_CFG"), "calibrates by 'svdquant'"),
+        (Recipe("nvfp4", "NVFP4_FOUR_OVER_SIX_CFG"), "calibrates by 'mse'"),
+        (Recipe("nvfp4", "MXFP4_DEFAULT_CFG"), "not for --format nvfp4"),
+        (Recipe("mxfp4", "FP8_DEFAULT_CFG"), "not for --format mxfp4"),
+        (Recipe("mxfp4", "NO_SUCH_CFG"), "neither a constant of ModelOpt nor a recipe[^$]*choose one of MAMBA"),
+        (Recipe("mxfp4", "no/such/recipe"), "neither a constant"),
+        (Recipe("nvfp4", "NVFP4_DEFAULT_CFG", include=("*",)), "--include does not go with"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_what_no_export_can_repeat_is_refused_before_a_model_is_loaded(recipe: Recipe, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        open_backend("modelopt").check(recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "match"),
+    [
+        (Recipe("nvfp4", "NVFP4_DEFAULT_CFG", exclude=("*v_proj",)), "servers fuse"),
+        (Recipe("nvfp4", "general/ptq/nvfp4_default-kv_nvfp4_cast"), "quantises the KV cache by"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_quantisers_that_no_export_can_repeat(reference: Reference, recipe: Recipe, match: str) -> None:
+    backend = open_backend("modelopt")
+    backend.check(recipe)
+    with pytest.raises(PlanError, match=match):
+        backend.prepare(load(reference("llama-bf16")), recipe)
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_modules_can_be_left_out_of_a_recipe(reference: Reference, tmp_path: Path) -> None:
+    recipe = Recipe("nvfp4", "NVFP4_DEFAULT_CFG", exclude=("*o_proj", "model.layers.0.mlp.experts.*"))
+    states = [
+        quantizers_of(open_backend(kind), load(reference("gptoss-bf16")), recipe, tmp_path / kind)
+        for kind in ("fp4conv", "modelopt")
+    ]
+    assert states[0] == states[1]
+    assert not any("o_proj" in name or "layers.0.mlp" in name for name in states[0])
 
 
 # ---- adapters

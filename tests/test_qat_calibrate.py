@@ -78,7 +78,7 @@ def ours_for(quantizer: str, amax: dict[str, float]) -> float:
 def test_every_amax_is_that_of_modelopts_calibration(reference: Reference, name: str) -> None:
     ours = observe(load(reference(name)), BATCHES, kv=True)
     theirs = calibrated_by_modelopt(load(reference(name)))
-    assert len(theirs) > 10
+    assert len(theirs) >= 8
     assert {quantizer: ours_for(quantizer, ours) for quantizer in theirs} == theirs
 
 

@@ -7,7 +7,9 @@ are those that the forward pass used. Each reads real values, and names the firs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,11 +161,16 @@ def _compare(compared: Iterable[Iterable[_Compared]]) -> ForwardReport:
 def _codec_values(weight: QuantizedWeight, name: str, master: Values, amax: float | None) -> Values:
     """What the codec makes of `master`, a tensor of a checkpoint, rounded to the master's dtype."""
     expected = np.empty_like(master)
-    for source, target in zip(_stack(master, weight.axis), _stack(expected, weight.axis), strict=True):
+
+    def fill(source: Values, target: Values) -> int:
         values, bad = decoded(np.ascontiguousarray(source), weight.format_name, amax)
-        if bad >= 0:
-            raise ValuesError("has a NaN or an Inf, which no block format holds", where=name)
         target[...] = rounded(values, weight.master.dtype)
+        return bad
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the kernels hold no lock; experts are many
+        found = threads.map(fill, _stack(master, weight.axis), _stack(expected, weight.axis))
+        if max(found, default=-1) >= 0:
+            raise ValuesError("has a NaN or an Inf, which no block format holds", where=name)
     return expected
 
 
@@ -202,7 +209,7 @@ def decoded(matrix: Values, format_name: str, amax: float | None) -> tuple[Value
     rule = FORWARD_RULES[format_name]
     coding = Coding(rule, Ties.EVEN, 1.0 if amax is None else tensor_scale(amax, rule))
     codes = Codes(np.empty((n, k // 2), np.uint8), np.empty((n, k // BLOCK_FORMATS[format_name].block), np.uint8))
-    out = np.empty((n, k), np.float32)
+    out = np.zeros((n, k), np.float32)
     bad = codec.encode(Rows(matrix), coding, codes, Tally(np.empty(n), np.empty(n)))
     if bad < 0:
         codec.decode(codes, coding.tensor_scale, Rows(out))

@@ -8,26 +8,25 @@ classes are met here and nowhere else.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from fp4conv.errors import PlanError, SourceError, UsageError
-from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4, BlockFormat
+from fp4conv.formats import BLOCK_FORMATS, E4M3, NVFP4, BlockFormat
+from fp4conv.model import FP8
 from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
+from fp4conv.qat.modelopt_recipes import SCALE_BITS, Config, entries_of
 from fp4conv.qat.recipes import check_format
 from fp4conv.qat.state import Amax, read_state, write_state
-from fp4conv.qat.targets import Target, all_targets, canonical, choose, input_set_of, weight_set_of
+from fp4conv.qat.targets import Target, all_targets, canonical, check_sets, choose, input_set_of, weight_set_of
 
-Config: TypeAlias = dict[str, object]
 _OFF: Config = {"quantizer_name": "*", "enable": False}
-_SCALE_BITS = {MXFP4.name: (8, 0), NVFP4.name: (4, 3)}
 _ELSEWHERE = "train with --backend fp4conv, which has the same arithmetic and runs anywhere"
 
 
@@ -64,7 +63,7 @@ class ModelOptBackend:
         if reason := missing_kernels():
             raise UsageError(f"--backend modelopt: {reason}", hint=_ELSEWHERE)
         if recipe.quant_cfg is not None:
-            _check_format(recipe, _named_config(recipe.quant_cfg))
+            entries_of(recipe)
 
     def calibrates(self, recipe: Recipe) -> bool:
         return recipe.format_name == NVFP4.name
@@ -74,16 +73,29 @@ class ModelOptBackend:
             names = [name for target in choose(model, recipe) for name in _file_names(target, "weight")]
             entries = [_entry(name, recipe.format_name) for name in names]
         else:
-            listed = _named_config(recipe.quant_cfg)["quant_cfg"]
-            assert isinstance(listed, list)
-            entries = [*listed, *({"quantizer_name": f"*{glob}*", "enable": False} for glob in recipe.exclude)]
-        _quantize(model, entries)
+            entries = entries_of(recipe)
+        try:
+            _quantize(model, entries)
+        except RuntimeError as error:
+            raise PlanError(
+                f"nothing to quantise was found in this model: {str(error).splitlines()[0]}",
+                hint="choose another --quant-cfg, or leave it out",
+            ) from error
         self._check_prepared(model, recipe)
 
     def _check_prepared(self, model: torch.nn.Module, recipe: Recipe) -> None:
         """Refuse quantisers that no export of fp4conv can repeat."""
         block = BLOCK_FORMATS[recipe.format_name]
-        for target, held in _held(model, "weight"):
+        chosen = list(_held(model, "weight"))
+        check_sets([target for target, _ in chosen], all_targets(model))
+        for name, quantizer in _kv_quantizers(model):
+            if quantizer.num_bits != (4, 3) or quantizer.block_sizes:
+                raise PlanError(
+                    f"quantises the KV cache by {quantizer}; fp4conv exports FP8 with one scale",
+                    where=name,
+                    hint="choose a --quant-cfg without a KV cache, or with one in FP8",
+                )
+        for target, held in chosen:
             if _format_of(held.quantizer) is not block:
                 raise PlanError(
                     f"its quantiser is {held.quantizer}, not {block.name} with dynamic blocks",
@@ -124,12 +136,22 @@ class ModelOptBackend:
                 quantizers.append(Quantizer(held.file_name, True, found.name))
                 if found is NVFP4 and held.amax is not None:
                     amax[f"{held.file_name}._amax"] = np.asarray(held.amax.cpu().numpy(), np.float32)
+        for name, quantizer in _kv_quantizers(model):
+            quantizers.append(Quantizer(name, True, FP8))
+            # A recipe that casts takes E4M3's largest value for its amax: a scale of 1.
+            largest = E4M3.max_value if quantizer._use_constant_amax else float(quantizer.amax)
+            amax[f"{name}._amax"] = np.asarray(largest, np.float32)
         write_state(folder, self.name, quantizers, amax)
 
     def load(self, model: torch.nn.Module, folder: Path) -> None:
         quantizers, amax = read_state(folder)
         _quantize(model, [_entry(each.name, each.format_name) for each in quantizers.values() if each.enabled])
         unused = set(quantizers)
+        for name, quantizer in _kv_quantizers(model):
+            unused.discard(name)
+            quantizer.amax = torch.tensor(
+                float(amax[f"{name}._amax"].reshape(())), device=next(model.parameters()).device
+            )
         for kind in ("weight", "input"):
             for target, held in _held(model, kind):
                 unused.discard(held.file_name)
@@ -186,46 +208,13 @@ def missing_kernels() -> str | None:
     return None
 
 
-def _named_config(name: str) -> Config:
-    """The configuration of a constant of modelopt.torch.quantization, or of a recipe of its library or a YAML file."""
-    import modelopt.torch.quantization as mtq
-
-    found = getattr(mtq, name, None) if name.endswith("_CFG") else None
-    if isinstance(found, dict):
-        return dict(found)
-    try:
-        from modelopt.recipe import load_recipe
-
-        quantize = load_recipe(name).quantize
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        known = sorted(each for each in mtq.config.choices if "FP4" in each)
-        raise UsageError(
-            f"--quant-cfg {name} is neither a constant of ModelOpt nor a recipe for quantisation: {error}",
-            hint=f"choose one of {', '.join(known)}; or a recipe such as general/ptq/nvfp4_mlp_weight_only",
-        ) from error
-    return dict(quantize.model_dump(exclude_unset=True)) if hasattr(quantize, "model_dump") else dict(quantize)
-
-
-def _check_format(recipe: Recipe, config: Mapping[str, object]) -> None:
-    """The formats that `config` gives to weights, against the one that is wanted."""
-    listed = config.get("quant_cfg")
-    for entry in listed if isinstance(listed, list) else ():
-        name, facts = str(entry.get("quantizer_name")), entry.get("cfg")
-        if not facts or "input_quantizer" in name or "bmm" in name:
-            continue
-        sizes = facts.get("block_sizes") if isinstance(facts, dict) else None
-        bits = sizes.get("scale_bits") if isinstance(sizes, dict) else None
-        if bits is None or tuple(bits) != _SCALE_BITS[recipe.format_name]:
-            raise UsageError(
-                f"--quant-cfg {recipe.quant_cfg} is not for --format {recipe.format_name}",
-                hint="say the --format that it is for, or choose another --quant-cfg",
-            )
-
-
 def _entry(quantizer: str, format_name: str) -> Config:
-    sizes = {-1: BLOCK_FORMATS[format_name].block, "type": "dynamic", "scale_bits": _SCALE_BITS[format_name]}
-    # A wrapper's prefix may come before the name.
-    return {"quantizer_name": f"*{quantizer}", "cfg": {"num_bits": (2, 1), "block_sizes": sizes}}
+    """What turns one quantiser on."""
+    facts: Config = {"num_bits": (4, 3), "axis": None}
+    if format_name != FP8:
+        sizes = {-1: BLOCK_FORMATS[format_name].block, "type": "dynamic", "scale_bits": SCALE_BITS[format_name]}
+        facts = {"num_bits": (2, 1), "block_sizes": sizes}
+    return {"quantizer_name": f"*{quantizer}", "cfg": facts}  # a wrapper's prefix may come before the name
 
 
 def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
@@ -252,7 +241,7 @@ def _file_names(target: Target, kind: str) -> Iterator[str]:
 
 def _held(model: torch.nn.Module, kind: str) -> Iterator[tuple[Target, _Held]]:
     """The enabled quantisers of `kind`, by the parameter that they belong to."""
-    modules = {canonical(name): module for name, module in model.named_modules() if "_quantizer" in name}
+    modules = _quantizers(model)
     for target in all_targets(model):
         for name in _file_names(target, kind):
             quantizer = modules.get(name)
@@ -261,12 +250,23 @@ def _held(model: torch.nn.Module, kind: str) -> Iterator[tuple[Target, _Held]]:
                 yield target, _Held(name if own_scale else target.name, name, quantizer)
 
 
+def _quantizers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {canonical(name): module for name, module in model.named_modules() if "_quantizer" in name}
+
+
+def _kv_quantizers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The enabled quantisers of the KV cache, by name."""
+    for name, quantizer in _quantizers(model).items():
+        if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer")) and quantizer.is_enabled:
+            yield name, quantizer
+
+
 def _format_of(quantizer: torch.nn.Module) -> BlockFormat | None:
     sizes = quantizer.block_sizes
     if quantizer.num_bits != (2, 1) or not sizes or sizes.get("type") != "dynamic":
         return None
     scale_bits = tuple(sizes.get("scale_bits") or ())
-    return next((BLOCK_FORMATS[name] for name, bits in _SCALE_BITS.items() if bits == scale_bits), None)
+    return next((BLOCK_FORMATS[name] for name, bits in SCALE_BITS.items() if bits == scale_bits), None)
 
 
 def _switch(held: Iterable[_Held], enabled: bool) -> None:

@@ -91,7 +91,7 @@ def choose(model: torch.nn.Module, recipe: Recipe) -> list[Target]:
                 where=target.weight,
                 hint="leave it out with --exclude 'GLOB'",
             )
-    _check_sets(chosen, candidates)
+    check_sets(chosen, candidates)
     return chosen
 
 
@@ -136,7 +136,8 @@ def fused_set_of(name: str) -> str | None:
     return shared_set_of(name)
 
 
-def _check_sets(chosen: Iterable[Target], candidates: Iterable[Target]) -> None:
+def check_sets(chosen: Iterable[Target], candidates: Iterable[Target]) -> None:
+    """PlanError where a set that servers fuse would be quantised in part."""
     taken = {target.name for target in chosen}
     for target in candidates:
         key = fused_set_of(target.name)
