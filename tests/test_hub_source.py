@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,46 @@ def test_malformed_names_are_refused(text: str) -> None:
         open_source(text)
     assert caught.value.where == text
     assert "hf://org/name" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("text", ["org/name@../../x", "org/name@/etc/x", "hf://org/name@..%2F..%2Fx", "org/name@a//b"])
+def test_a_revision_that_leads_elsewhere_is_refused(text: str) -> None:
+    """What the cache notes of a revision lies in a file that is called after it."""
+    with pytest.raises(SourceError, match="is no revision"):
+        parse_name(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/vocab.json",
+        "../vocab.json",
+        "a/../../vocab.json",
+        "fp4conv//etc/x.json",
+        "a\0b.json",
+        "a\nb.json",
+        "..\\x.json",
+    ],
+)
+def test_a_list_of_files_that_leads_out_of_the_repository_is_refused(
+    hub: Hub, reference: Reference, tmp_path: Path, name: str
+) -> None:
+    """Before anything is read or made: such a name would be looked for on this machine, and published."""
+    folder = reference("llama-bf16")
+    hub.add("owner/model", {path.name: path.read_bytes() for path in folder.iterdir()} | {name: b"{}"})
+    with pytest.raises(SourceError, match="is no name for a file inside a repository"):
+        fp4conv.convert("owner/model", tmp_path / "dst", to="mxfp4")
+    assert not list(tmp_path.glob("dst*"))
+
+
+def test_a_commit_that_is_none_is_refused(hub: Hub, reference: Reference) -> None:
+    """It names a folder of the cache."""
+    hub.add("owner/model", reference("llama-bf16"))
+    repo = hub.store.repos["owner/model"]
+    repo.commits["../../x"] = replace(repo.commits[repo.refs["main"]], sha="../../x")
+    repo.refs["main"] = "../../x"
+    with pytest.raises(SourceError, match=r"calls its commit '\.\./\.\./x'"):
+        open_source("owner/model")
 
 
 # ---- the same as the folder

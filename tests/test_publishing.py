@@ -344,6 +344,18 @@ def test_a_model_that_is_there_stays_unless_it_is_to_be_replaced(
     assert card.count(BEGIN) == 1
 
 
+@pytest.mark.parametrize("repo", ["owner/base", "Owner/Base"])
+def test_a_source_is_never_written_to(hub: Hub, source: Path, tmp_path: Path, repo: str) -> None:
+    hub.add("owner/base", source)
+    command = ["convert", "owner/base", str(tmp_path / "dst"), "--to", "mxfp4", "--push-to-hub", repo, "--overwrite"]
+    for more in ([], ["--dry-run"]):
+        done = CliRunner().invoke(main, [*command, *more])
+        assert done.exit_code == 1
+        assert "is what is converted, and a source is never written to\n  Give another repository." in done.stderr
+    assert hub.files("owner/base") == {path.name: path.read_bytes() for path in source.iterdir()}
+    assert not list(tmp_path.glob("dst*"))
+
+
 def test_a_repository_with_words_alone_takes_a_model(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add(REPO, {CARD: b"# Soon here\n", "LICENSE": b"mine"})
     fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]

@@ -148,7 +148,7 @@ def run(src: str, dst: str | None, *, dry_run: bool, quiet: bool, as_json: bool,
 def _dry_run(src: str, dst: str | None, as_json: bool, quiet: bool, options: dict[str, object]) -> None:
     from fp4conv.commands import convert as command
     from fp4conv.commands.fetching import Fetching
-    from fp4conv.commands.publishing import Push, check_repository, place_of
+    from fp4conv.commands.publishing import Push, check_not_source, check_repository, place_of
     from fp4conv.plan import peak_bytes
     from fp4conv.report.terminal import plan_view
 
@@ -171,6 +171,7 @@ def _dry_run(src: str, dst: str | None, as_json: bool, quiet: bool, options: dic
         overwrite=overwrite,
     )
     if push is not None:
+        check_not_source(push, plan)
         check_repository(push)
     result = command.dry_run_result(plan, place, time.monotonic() - started, bound, fetching)
     if as_json:

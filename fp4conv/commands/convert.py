@@ -17,7 +17,7 @@ from typing import TypedDict, TypeVar
 
 from fp4conv.checks.own import check_result
 from fp4conv.commands.fetching import Fetching
-from fp4conv.commands.publishing import Push, place_of, publish, publishing
+from fp4conv.commands.publishing import Push, check_not_source, place_of, publish, publishing
 from fp4conv.errors import UsageError
 from fp4conv.formats import MergeRounding, ScaleRule, Ties
 from fp4conv.hints.values import BESIDE
@@ -132,6 +132,8 @@ def convert(
     plan = settle(plan_conversion(source, **options, pins=pins), repair=repair, hints=hints)
     peak_bytes(plan, memory, threads)  # refuses here what cannot fit
     fetching = Fetching.of(plan, stream=stream, max_disk=max_disk, published=push is not None)
+    if push is not None:
+        check_not_source(push, plan)
     if on_plan:
         on_plan(plan, fetching)
     # Compiled kernels: only a run pays for them.

@@ -88,6 +88,18 @@ def place_of(destination: str | Path | None, push: Push | None) -> Path:
     return Path(f"fp4conv-{push.repo.replace('/', '--')}")
 
 
+def check_not_source(push: Push, plan: Plan) -> None:
+    """OutputError where the result would replace what it is made from: no source is ever written to."""
+    model = plan.model
+    for pinned in (model.source.pinned, *(adapter.pinned for adapter in model.adapters)):
+        if pinned is not None and pinned.repo.lower() == push.repo.lower():
+            raise OutputError(
+                "is what is converted, and a source is never written to",
+                where=push.url,
+                hint="Give another repository.",
+            )
+
+
 def check_repository(push: Push) -> None:
     """OutputError where the model could not be published, as far as the Hub says beforehand. Makes nothing."""
     repository = Repository(push.repo)

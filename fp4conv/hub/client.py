@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from fp4conv.errors import SourceError
 from fp4conv.hub.failures import explained, is_transient
-from fp4conv.hub.names import HubName
+from fp4conv.hub.names import HubName, is_commit, stays_inside
 from fp4conv.model import Pinned, RemoteFile
 
 # Seconds between attempts, on top of what huggingface_hub tries itself: a conversion of hours outlives a hiccup.
 PAUSES = (1.0, 4.0, 15.0, 60.0)
-_COMMIT_LENGTH = 40
+_UNTRUSTED = "Do not trust this repository, or HF_ENDPOINT. A copy that you have checked can be given as a folder."
 _CHUNK = 1 << 20
 _Found = TypeVar("_Found")
 
@@ -43,7 +43,9 @@ def pin(name: HubName, commit: str | None = None) -> Pinned:
         info = patiently(
             lambda: HfApi().model_info(name.repo, revision=commit or name.revision, files_metadata=True), first=True
         )
-    assert info.sha is not None, "the Hub names the commit of what it tells about"
+    if not is_commit(info.sha or ""):
+        raise SourceError(f"the Hub calls its commit {ascii(info.sha)[:100]}", where=name.text, hint=_UNTRUSTED)
+    assert info.sha is not None, "it is a commit"
     if commit is None:
         _remember(name, info.sha)
     files = {
@@ -54,6 +56,10 @@ def pin(name: HubName, commit: str | None = None) -> Pinned:
 
 
 def _pinned(name: HubName, commit: str, files: dict[str, RemoteFile]) -> Pinned:
+    for path in files:
+        if not stays_inside(path):
+            found = f"its list of files has {ascii(path)[:200]}, which is no name for a file inside a repository"
+            raise SourceError(found, where=name.text, hint=_UNTRUSTED)
     prefix = f"{name.folder}/" if name.folder else ""
     inside = {path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)}
     if not inside:
@@ -90,7 +96,7 @@ def in_cache(pinned: Pinned, name: str) -> Path | None:
 
 def _pin_in_cache(name: HubName, commit: str | None) -> Pinned:
     folder = cache_folder(name.repo)
-    if commit is None and len(name.revision) == _COMMIT_LENGTH and not set(name.revision) - set("0123456789abcdef"):
+    if commit is None and is_commit(name.revision):
         commit = name.revision
     try:
         commit = commit or (folder / "refs" / name.revision).read_text().strip()
