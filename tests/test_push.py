@@ -220,7 +220,7 @@ def test_a_card_in_full() -> None:
         "---\nlicense: {deep: [1, 2]}\n---\n",
         "---\n" + "a: &a [x,x]\n" + "b: &b [*a,*a]\nlicense: [*b,*b]\n---\n",
         "---\nlicense: !!python/object/apply:os.system [ls]\n---\n",
-        "---\n" + "x: y\n" * 100_000 + "---\n",
+        "---\n" + "x: y\n" * 120_000 + "---\n",
         "no head at all",
         "\x00\ufeff---",
     ],
@@ -228,6 +228,42 @@ def test_a_card_in_full() -> None:
 def test_a_base_card_that_is_broken_or_hostile_gives_nothing(head: str) -> None:
     assert "license" not in read_metadata(write_card(CARD, head + "text", ""))
     assert END in write_card(CARD, "", head + "text")
+
+
+OWN = """---
+license: mit
+extra_gated_prompt: Say who you are.
+extra_gated_fields: {Name: text, Country: {type: select, options: [a, b]}}
+model-index: [{name: mine, results: [{metrics: [{type: acc, value: 0.5}, {type: n, value: 12}]}]}]
+inference: false
+version: 1.10
+date: 2026-01-02
+---
+# Mine
+"""
+
+
+def test_what_the_owner_of_a_card_said_at_its_head_stays() -> None:
+    """Who may have a gated model, results, a widget: whatever it is."""
+    said = yaml.safe_load(OWN.split("---\n")[1])
+    found = read_metadata(write_card(CARD, "", OWN))
+    assert {key: found[key] for key in said} == {**said, "date": "2026-01-02"}
+    assert found["base_model"] == ["org/base", "org/adapter"]
+
+
+def test_a_language_is_no_truth_value() -> None:
+    """The Hub reads YAML 1.2; in 1.1 Norwegian is false."""
+    base = "---\nlicense: mit\nlanguage:\n- en\n- no\n---\n"
+    text = write_card(CARD, base, "")
+    assert read_metadata(text)["language"] == ["en", "no"]
+    assert yaml.safe_load(text.split("---\n")[1])["language"] == ["en", "no"]  # so quoted that nobody errs
+
+
+def test_a_long_head_is_read() -> None:
+    results = "\n".join(f"  - {{type: acc, value: {number}}}" for number in range(5000))
+    text = write_card(CARD, f"---\nmodel-index:\n- metrics:\n{results}\nlicense: mit\n---\n", "")
+    assert read_metadata(text)["license"] == "mit"
+    assert "model-index" not in read_metadata(text)  # it was measured on the base
 
 
 def test_a_card_says_what_is_known_of_the_error() -> None:

@@ -9,16 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
 
 from fp4conv.formats import BLOCK_FORMATS, MXFP4, NVFP4
 from fp4conv.model import JSON
 from fp4conv.servers import Verdict
 from fp4conv.sizes import format_size
 
+if TYPE_CHECKING:
+    import yaml
+
 BEGIN, END = "<!-- fp4conv: written by the command below; what is outside of these lines stays -->", "<!-- /fp4conv -->"
 _OURS = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", re.DOTALL)
 _HEAD = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
-_LARGEST_HEAD = 100_000
+_LARGEST_HEAD = 500_000  # results of a benchmark take some hundred thousand
+_MOST_NODES, _DEEPEST = 100_000, 50
 # What holds for a copy in another number format as it does for the base.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 _OWN = ("base_model", "base_model_relation", "library_name", "tags")
@@ -86,12 +92,49 @@ def read_metadata(text: str) -> dict[str, JSON]:
     if found is None or len(found[1]) > _LARGEST_HEAD:
         return {}
     try:
-        parsed = yaml.safe_load(found[1])
+        parsed = yaml.load(found[1], _loader())
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     if not isinstance(parsed, dict):
         return {}
-    return {key: value for key, value in parsed.items() if isinstance(key, str) and _is_plain(value)}
+    return {key: value for key, value in parsed.items() if isinstance(key, str) and _is_json(value)}
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    """Reads YAML 1.2, as the Hub does: in PyYAML's 1.1 the language `no` is a truth value, and 1:30 a number."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # C where it is there
+        yaml_implicit_resolvers: ClassVar[dict[str, object]] = {}
+
+    for tag, pattern, first in (
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(\.[0-9]*)?[eE][-+][0-9]+)", "-+.0123456789"),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern})\Z"), list(first))
+    return Loader
+
+
+def _is_json(value: object) -> bool:
+    """Whether it is made of plain values, and not too many: aliases can make a few lines endless."""
+    todo, seen = [(value, 0)], 0
+    while todo:
+        each, depth = todo.pop()
+        seen += 1
+        if isinstance(each, dict):
+            if not all(isinstance(key, str) for key in each):
+                return False
+            todo += [(inside, depth + 1) for inside in each.values()]
+        elif isinstance(each, list):
+            todo += [(inside, depth + 1) for inside in each]
+        elif not (each is None or isinstance(each, (str, bool, int, float))):
+            return False
+        if depth > _DEEPEST or len(todo) + seen > _MOST_NODES:
+            return False
+    return True
 
 
 def with_own_metadata(text: str) -> str:
@@ -100,14 +143,15 @@ def with_own_metadata(text: str) -> str:
     return f"---\n{_yaml(kept)}\n---\n" + _HEAD.sub("", text, count=1)
 
 
-def _is_plain(value: object) -> bool:
-    """Text, or a list of texts: all that is taken over, so that no alias grows without bound."""
+def _is_plain(value: JSON) -> bool:
+    """Text, or a list of texts: all that is taken over from somebody else's card."""
     if isinstance(value, list):
         return len(value) <= 200 and all(isinstance(item, str) for item in value)
     return isinstance(value, (str, bool))
 
 
 def _metadata(card: Card, base: Mapping[str, JSON]) -> dict[str, JSON]:
+    base = {key: value for key, value in base.items() if _is_plain(value)}
     metadata: dict[str, JSON] = {key: base[key] for key in _KEPT if key in base}
     bases: JSON = list(card.bases) if card.bases else base.get("base_model")
     if bases:
