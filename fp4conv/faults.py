@@ -36,6 +36,7 @@ class Kind(str, Enum):
     MISSING_EXPERT = "missing-expert"
     POORER_LAYER = "poorer-layer"
     UNKNOWN_TENSOR = "unknown-tensor"
+    STORED_TWICE = "stored-twice"
     WRONG_DTYPE = "wrong-dtype"
     WRONG_SHAPE = "wrong-shape"
     TRANSPOSED_EXPERTS = "transposed-experts"
@@ -46,9 +47,14 @@ class Kind(str, Enum):
     ZERO_BLOCK_SCALE = "zero-block-scale"
     NEGATIVE_BLOCK_SCALE = "negative-block-scale"
     OVERFLOWING_BLOCK = "overflowing-block"
+    VANISHING_BLOCK = "vanishing-block"
     BAD_TENSOR_SCALE = "bad-tensor-scale"
+    SUBNORMAL_SCALE = "subnormal-scale"
     BAD_INPUT_SCALE = "bad-input-scale"
     NONFINITE_VALUES = "nonfinite-values"
+    ALL_ZERO = "all-zero"
+    BAD_KV_SCALE = "bad-kv-scale"
+    MISSING_KV_SCALE = "missing-kv-scale"
     TENSOR_SCALES_DIFFER = "tensor-scales-differ"
     INPUT_SCALES_DIFFER = "input-scales-differ"
     SET_IN_PART = "set-in-part"
@@ -120,6 +126,11 @@ ABOUT: Mapping[Kind, About] = {
     Kind.MISSING_EXPERT: About(_E, _RANDOM, _DOWNLOAD),
     Kind.POORER_LAYER: About(_W, f"if it belongs there, {_RANDOM}", "compare with the original model"),
     Kind.UNKNOWN_TENSOR: About(_W, "programs stop at it or leave it out, without a word", "find out where it is from"),
+    Kind.STORED_TWICE: About(
+        _E,
+        "programs take one of the two and leave the other out, without a word",
+        "find out which is meant, and export it",
+    ),
     Kind.WRONG_DTYPE: About(_E, "its bytes mean something else than its name says", _EXPORT),
     Kind.WRONG_SHAPE: About(_E, "servers refuse to load it", "take the config.json that belongs to these weights"),
     Kind.TRANSPOSED_EXPERTS: About(_E, "servers refuse to load it, or multiply by the wrong matrix", _EXPORT),
@@ -140,9 +151,22 @@ ABOUT: Mapping[Kind, About] = {
         _E, "hardware takes block scales for unsigned, programs that decode take the sign", _EXPORT
     ),
     Kind.OVERFLOWING_BLOCK: About(_E, "values decode to infinity", _EXPORT),
+    Kind.VANISHING_BLOCK: About(_E, "values that are not zero decode to zero", _EXPORT),
     Kind.BAD_TENSOR_SCALE: About(_E, "every value of the tensor is lost", _EXPORT),
+    Kind.SUBNORMAL_SCALE: About(
+        _W, "GPUs that take subnormal numbers for zero lose every value that is scaled by it", _EXPORT
+    ),
     Kind.BAD_INPUT_SCALE: About(_E, "the layer's inputs are lost", _EXPORT),
     Kind.NONFINITE_VALUES: About(_E, "outputs become NaN", _EXPORT),
+    Kind.ALL_ZERO: About(
+        _W, "the layer gives nothing: so look files whose middle was never written", "download this file again"
+    ),
+    Kind.BAD_KV_SCALE: About(_W, "servers take 1.0 in its place, or scale the cache by it", _EXPORT),
+    Kind.MISSING_KV_SCALE: About(
+        _W,
+        "servers take 1.0 for the scales of the KV cache, and large keys and values are clipped",
+        "calibrate it again",
+    ),
     Kind.TENSOR_SCALES_DIFFER: About(
         _E,
         "servers fuse these weights and hold one tensor scale for all, so that some are scaled wrongly",

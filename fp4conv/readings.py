@@ -259,6 +259,10 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {
                 _HF + "utils/loading_report.py#L213", layouts=("openai", "compressed-tensors")),
         Reading((Kind.WRONG_SHAPE, Kind.TRANSPOSED_EXPERTS), "refuses",
                 "RuntimeError: mismatched sizes, unless ignore_mismatched_sizes", _HF + "utils/loading_report.py#L315"),
+        Reading(_IGNORE, "silent-damage",
+                "where it has kernels for MXFP4, it makes the experts of the layer for the other kind: a report "
+                "lists theirs as MISSING, and random values take their place",
+                _HF + "integrations/mxfp4.py#L525", "experts", ("openai",)),
         Reading((Kind.UNKNOWN_TENSOR,), "loads", "a report lists it as UNEXPECTED",
                 _HF + "utils/loading_report.py#L213"),
     ),

@@ -208,6 +208,24 @@ def test_error_figures_at_the_edges() -> None:
 # ---- the numbers themselves
 
 
+def test_squares_beyond_float64_are_no_figures(tmp_path: Path) -> None:
+    """F64 can hold what no sum of squares can: null in JSON, worst in a table, and never within a tolerance."""
+    huge = np.tile(np.array([1e300, -1e300, 1e-320]), 5000)
+    folders = [
+        write_model(tmp_path / name, {"a": values, "b": noise((8, 8))})
+        for name, values in (("one", huge), ("two", -huge), ("three", np.roll(huge, 1)))
+    ]
+    for other in folders[1:]:
+        done = CliRunner().invoke(main, ["diff", str(folders[0]), str(other), "--json", "--tolerance=-500"])
+        found = json.loads(done.output, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert done.exit_code == 1
+        assert found["tensors"][0]["sqnr_db"] is None
+        assert found["failing"] == ["a"]
+        shown = CliRunner().invoke(main, ["inspect", str(folders[0]), "--reference", str(other), "--sort", "sqnr"])
+        assert shown.exit_code == 0
+        assert "SQNR ? dB" in shown.output
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fp4conv.checks.claims import Claim
 from fp4conv.checks.matching import MATCHERS, Asked, Matcher, Undecided, held_as
-from fp4conv.checks.weights import Held
+from fp4conv.checks.weights import KV_SCALES, Held
 from fp4conv.families import Role, shared_set_of
 from fp4conv.faults import Found, Kind
-from fp4conv.formats import MXFP4, NVFP4
+from fp4conv.formats import NVFP4
+from fp4conv.layouts.compressed_tensors import FORMATS as CT_FORMATS
 from fp4conv.layouts.parts import INPUT_SCALE, PACKED
 from fp4conv.layouts.quant_config import HF_QUANT_CONFIG, MODEL_CONFIG
 
 _ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
-_CT_FORMATS = {MXFP4.name: "mxfp4-pack-quantized", NVFP4.name: "nvfp4-pack-quantized"}
+_NUMBERS = ("4-bit float", "4-bit ?", "?-bit float")  # what E2M1 is called, in whole or in part
 # Roles of modules that servers make quantisable layers of; embeddings, norms and routers are never asked about.
 _ASKED = frozenset({Role.ATTENTION, Role.MLP, Role.EXPERT, Role.HEAD, Role.ABSORBED})
 
@@ -41,6 +42,8 @@ def agreement_faults(
         yield from _modelopt(quantized, model, separate)
     elif model is not None:
         yield from _other(quantized, model, layout)
+    yield from _other_numbers(model)
+    yield from _missing_kv_scales(weights, model or separate)
     yield from _ignore_faults(weights, model, separate, layout)
     yield from _missing_inputs(quantized, model, separate, layout)
 
@@ -142,6 +145,19 @@ def _group_sizes(blocks: set[int], model: Claim | None, separate: Claim | None) 
         yield Found(kind, "no group_size at the top level of quantization_config", "one", file=model.file)
 
 
+def _other_numbers(claim: Claim | None) -> Iterator[Found]:
+    """Groups that promise other numbers than E2M1, and none that promises these."""
+    if claim and claim.numbers and not set(claim.numbers) & set(_NUMBERS):
+        found = f"config_groups say {', '.join(dict.fromkeys(claim.numbers))}"
+        yield Found(Kind.WRONG_ALGORITHM, found, "num_bits 4, type 'float'", file=claim.file)
+
+
+def _missing_kv_scales(weights: Sequence[Held], claim: Claim | None) -> Iterator[Found]:
+    if claim and claim.kv_cache and not any(weight.name.endswith(KV_SCALES) for weight in weights):
+        expected = f"k_proj.k_scale and v_proj.v_scale, since {claim.file} says that the KV cache is quantised"
+        yield Found(Kind.MISSING_KV_SCALE, "no tensor has a scale of the KV cache", expected, file=claim.file)
+
+
 # ---- the other layouts
 
 
@@ -151,7 +167,7 @@ def _other(quantized: Sequence[Held], claim: Claim, layout: str) -> Iterator[Fou
         if claim.method != "mxfp4":
             yield Found(Kind.WRONG_ALGORITHM, f"quant_method {claim.method!r}", "'mxfp4'", file=claim.file)
         return
-    expected = [_CT_FORMATS[name] for name in formats]
+    expected = [CT_FORMATS[name] for name in formats]
     if claim.method != "compressed-tensors":
         yield Found(Kind.WRONG_ALGORITHM, f"quant_method {claim.method!r}", "'compressed-tensors'", file=claim.file)
     elif len(expected) == 1 and claim.format not in (expected[0], "mixed-precision"):

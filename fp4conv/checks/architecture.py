@@ -168,6 +168,16 @@ def promised(config: Mapping[str, JSON]) -> Promise | None:
     return Promise(str(model_type), layers, shapes)
 
 
+def odd_sizes(config: Mapping[str, JSON]) -> list[str]:
+    """Keys of sizes that are no numbers of anything, for the model types of the table; null is as good as nothing."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in LAYERS:
+        return []
+    keys = dict.fromkeys(key for keys in _SIZES.values() for key in keys)
+    stated = {key: config.get(key) for key in keys}
+    return [key for key, size in stated.items() if size is not None and (type(size) is not int or size < 0)]
+
+
 def _names(row: Row, sizes: Mapping[str, int]) -> Iterator[str]:
     if not row.each:
         yield row.name

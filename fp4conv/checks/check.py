@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
 from fp4conv.checks.agreement import agreement_faults
-from fp4conv.checks.architecture import promised
+from fp4conv.checks.architecture import odd_sizes, promised
 from fp4conv.checks.claims import read_claims
 from fp4conv.checks.structure import named_otherwise, structure_faults
 from fp4conv.checks.values import bytes_to_read, value_faults
@@ -108,6 +109,9 @@ def check_structure(
     except SourceError as error:
         faults.append(Found(Kind.BAD_CONFIG, error.what, "the number of layers of a model", file="config.json"))
         config = {key: value for key, value in config.items() if key not in ("num_hidden_layers", "text_config")}
+    for key in odd_sizes(config):
+        found = f"{key} is {json.dumps(config[key])[:100]}"
+        faults.append(Found(Kind.BAD_CONFIG, found, "a whole number", file="config.json"))
     family = _family(source, config)
     promise = promised(config)
     layers = promise.layers if promise else _layers(config)

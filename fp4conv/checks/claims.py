@@ -14,7 +14,8 @@ class Claim:
     """`nested`: the facts lie in an object 'quantization', as hf_quant_config.json has them.
 
     `group_size`: at the top level. `group_sizes`: those of the groups' weights. `inputs`: whether some group quantises
-    inputs, None where there are no groups. `kv_cache`: whether the KV cache is said to be quantised.
+    inputs, None where there are no groups. `numbers`: what the groups' weights are, '4-bit float', as far as said.
+    `kv_cache`: whether the KV cache is said to be quantised.
     """
 
     file: str
@@ -24,6 +25,7 @@ class Claim:
     group_size: int | None
     group_sizes: tuple[int, ...]
     inputs: bool | None
+    numbers: tuple[str, ...]
     ignore: tuple[str, ...]
     kv_cache: bool
     producer: str | None = None
@@ -74,11 +76,18 @@ def _claim(file: str, said: Mapping[str, JSON]) -> Claim:
             if isinstance(held, dict) and (size := _integer(held.get("group_size"))) is not None
         ),
         inputs=any(isinstance(group.get("input_activations"), dict) for group in groups) if groups else None,
+        numbers=tuple(words for held in weights if isinstance(held, dict) and (words := _numbers(held))),
         ignore=tuple(entry for entry in ignore if isinstance(entry, str)) if isinstance(ignore, list) else (),
         kv_cache=bool(facts.get("kv_cache_quant_algo") or facts.get("kv_cache_scheme")),
         producer=_text(producer.get("name")) if isinstance(producer, dict) else None,
         format=_text(said.get("format")),
     )
+
+
+def _numbers(held: Mapping[str, JSON]) -> str:
+    """'4-bit float'; '' where it is not said."""
+    bits, kind = _integer(held.get("num_bits")), _text(held.get("type"))
+    return "" if bits is None and kind is None else f"{bits or '?'}-bit {kind or '?'}"
 
 
 def _values(found: JSON) -> list[JSON]:

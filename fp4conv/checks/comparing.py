@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 from fp4conv.checks.against import Against
 from fp4conv.faults import Found, Kind
 from fp4conv.model import Model, Stored
-from fp4conv.pipeline.measuring import Compared, TensorComparison, compare
-from fp4conv.report.facts import ErrorFacts
+from fp4conv.pipeline.measuring import Compared, compare
+from fp4conv.report.facts import add_errors, finite
 
 _NEAR_DB = 6.0  # four bits keep 15 to 22 dB of what models hold; below this it is hardly the same tensor
 
@@ -31,21 +30,10 @@ def compare_with_source(
         lossless=found.same,
         tensors=len(found.tensors),
         same=sum(each.same for each in found.tensors),
-        sqnr_db=_together([each.error for each in found.tensors]),
-        per_tensor={each.name: _decibels(each) for each in found.tensors},
+        sqnr_db=finite(add_errors(each.error for each in found.tensors).sqnr_db),
+        per_tensor={each.name: finite(each.error.sqnr_db) for each in found.tensors},
     )
     return against, faults
-
-
-def _decibels(compared: TensorComparison) -> float | None:
-    """None where every value is the same; and where there is no signal to compare the difference with."""
-    db = compared.error.sqnr_db
-    return None if compared.same or math.isinf(db) else db
-
-
-def _together(errors: list[ErrorFacts]) -> float | None:
-    signal, noise = math.fsum(each.signal for each in errors), math.fsum(each.noise for each in errors)
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
 
 
 def _incomplete(found: Compared, source: str) -> Iterator[Found]:
@@ -72,6 +60,6 @@ def _changed(found: Compared, model: Model, original: Model) -> Iterator[Found]:
             values = f"{each.error.differ:,} of {each.error.values:,} values differ"
             expected = f"a copy of the same tensor in {original.source.name}"
             yield Found(Kind.SOURCE_MISMATCH, values, expected, ref.name, ref.file, each.name)
-        elif each.error.sqnr_db < _NEAR_DB:
+        elif each.error.nearness < _NEAR_DB:
             found_db = f"an SQNR of {each.error.sqnr_db:.1f} dB"
             yield Found(Kind.SOURCE_MISMATCH, found_db, f"{_NEAR_DB:.0f} dB or more", ref.name, ref.file, each.name)

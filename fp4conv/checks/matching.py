@@ -123,6 +123,21 @@ def exact(asked: Asked, entries: Sequence[str]) -> bool:
     return all(any(member == entry or _by_pattern(entry, member) for entry in entries) for member in asked.members)
 
 
+def experts_always(asked: Asked, entries: Sequence[str]) -> bool:
+    """MXFP4 of gpt-oss: experts are quantised whatever the list says, and nothing else is."""
+    return not asked.name.endswith(".experts")
+
+
+def transformers_mxfp4(asked: Asked, entries: Sequence[str]) -> bool:
+    """Patterns from the start of the name to the end of a part, or ends of it; the experts that are left are MXFP4."""
+
+    def takes(entry: str) -> bool:
+        pattern = f"re:{entry}" if entry.endswith(".") else f"re:(?:{entry})(?:\\.|$)"
+        return asked.name.endswith(entry) or _by_pattern(pattern, asked.name)
+
+    return experts_always(asked, entries) or any(map(takes, entries))
+
+
 def _by_pattern(entry: str, name: str, *, whole: bool = False) -> bool:
     if not entry.startswith("re:"):
         return False
@@ -137,6 +152,9 @@ def _by_pattern(entry: str, name: str, *, whole: bool = False) -> bool:
 
 Matcher = Callable[[Asked, Sequence[str]], bool]
 MATCHERS: Mapping[tuple[str, str], Matcher] = {
+    ("vllm", "openai"): experts_always,
+    ("sglang", "openai"): experts_always,
+    ("transformers", "openai"): transformers_mxfp4,
     ("vllm", "modelopt"): vllm_modelopt,
     ("vllm", "compressed-tensors"): vllm_compressed_tensors,
     ("sglang", "modelopt"): sglang_modelopt,

@@ -18,6 +18,7 @@ from fp4conv.model import JSON
 # Tensors beside the weights, known and harmless: rotary tables, masks, scales of KV caches and
 # of FP8, quantisers of training.
 _BESIDE = (".inv_freq", ".masked_bias", ".k_scale", ".v_scale", ".q_scale", ".weight_scale_inv")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _MOST_GAPS = 1_000  # a config may say any number of experts
 _LAYER = re.compile(r"model\.layers\.[0-9]+(?=\.)")
 _QUANTIZER = "_quantizer"
@@ -36,6 +37,8 @@ def structure_faults(
         if layout != "modelopt" or not _is_turned_mxfp4(weight):
             yield from (fault for fault in weight.faults if not _said_otherwise(fault, lost, partial=partial))
     yield from _without_reader(weights, layout)
+    yield from _stored_twice(weights)
+    yield from _no_floats(weights)
     promise = promised(config)
     if promise is None or named_otherwise(weights, promise):
         found = gaps([_bare(weight) for weight in weights], config)
@@ -80,6 +83,36 @@ def _without_reader(weights: Sequence[Held], layout: str) -> Iterator[Found]:
         yield Found(Kind.NO_READER, found, expected, ref.name, ref.file, places=len(odd) + len(turned))
 
 
+def _stored_twice(weights: Sequence[Held]) -> Iterator[Found]:
+    """Weights that are there dense and in codes, or in codes of two kinds."""
+    first: dict[str, Held] = {}
+    for weight in weights:
+        other = first.setdefault(weight.name, weight)
+        if other is not weight:
+            ref, beside = (next(iter(each.parts.values())) for each in (weight, other))
+            found = f"{ref.spec.dtype} {list(ref.spec.shape)}, beside {beside.name}"
+            experts = weight.role is Role.EXPERT
+            yield Found(Kind.STORED_TWICE, found, "each weight once", ref.name, ref.file, weight.name, experts=experts)
+
+
+def _no_floats(weights: Sequence[Held]) -> Iterator[Found]:
+    """Dense weights in a type that no layer computes with: integers, or FP8 without a scale."""
+    scaled = {weight.name.rpartition("_scale")[0] for weight in weights if "_scale" in weight.name}
+    for weight in weights:
+        ref = weight.parts.get(PACKED)
+        if weight.quantized or ref is None or not _is_weight(weight) or ref.spec.dtype in _FLOATS:
+            continue
+        if ref.spec.dtype.startswith("F8_") and weight.name in scaled:
+            continue
+        expected = "BF16, F16 or F32" + (", or a scale beside it" if ref.spec.dtype.startswith("F8_") else "")
+        experts = weight.role is Role.EXPERT
+        yield Found(Kind.WRONG_DTYPE, ref.spec.dtype, expected, ref.name, ref.file, weight.name, experts=experts)
+
+
+def _is_weight(weight: Held) -> bool:
+    return weight.name.endswith(".weight") or (weight.role is Role.EXPERT and len(weight.shape or ()) == 3)
+
+
 def _is_turned_mxfp4(weight: Held) -> bool:
     """Whether it has E8M0 scales where NVFP4's experts have theirs: ModelOpt's export of gpt-oss to MXFP4."""
     scale = weight.parts.get(BLOCK_SCALE)
@@ -118,11 +151,11 @@ def _strange(promise: Promise, weights: Sequence[Held]) -> Iterator[Found]:
     for weight in weights:
         known = weight.name in promise.shapes or weight.name.endswith(_BESIDE) or _QUANTIZER in weight.name
         tied = weight.name == "lm_head.weight"  # stored beside the embeddings that it is tied to
-        if known or tied or weight.role is Role.MTP:
+        if known or tied:
             continue
         ref = next(iter(weight.parts.values()))
         found = f"{ref.spec.dtype} {list(ref.spec.shape)}"
-        expected = f"no tensor of this name in a model of type {promise.model_type}"
+        expected = f"no tensor of this name in a model of type {promise.model_type} with {promise.layers} layers"
         yield Found(Kind.UNKNOWN_TENSOR, found, expected, ref.name, ref.file, weight.name)
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.checks.weights import Held
+from fp4conv.checks.weights import KV_SCALES, Held
 from fp4conv.families import Role, shared_set_of
 from fp4conv.faults import Found, Kind
-from fp4conv.formats import MXFP4
+from fp4conv.formats import MXFP4, NVFP4
+from fp4conv.kernels.contract import F32
+from fp4conv.kernels.small_floats import E2M1_VALUES, E4M3_VALUES, block_factors
 from fp4conv.layouts.parts import BLOCK_SCALE, INPUT_SCALE, PACKED, TENSOR_SCALE
 from fp4conv.safetensors_io import DTYPE_BYTES, Reader, TensorRef
 
@@ -30,18 +32,21 @@ _EXPONENTS = {
     "F32": (np.uint32, 0x7F800000),
     "F64": (np.uint64, 0x7FF0000000000000),
 }
-_LARGEST_F32 = float(np.finfo(np.float32).max)
+_SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
+_KV_SCALE = "kv_scale"
 _BESIDE = ("_quantizer", ".masked_bias", ".attn.bias", ".rotary_emb.")  # not finite is all right, or nobody's business
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a chunk of block scales has: how many blocks of each fault."""
+    """What a chunk of block scales has: how many blocks of each fault; `blank`: every byte is zero."""
 
     nan: int = 0
     zero: int = 0
     negative: int = 0
     overflow: int = 0
+    vanishing: int = 0
+    blank: bool = True
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -49,6 +54,8 @@ class Counts:
             self.zero + other.zero,
             self.negative + other.negative,
             self.overflow + other.overflow,
+            self.vanishing + other.vanishing,
+            self.blank and other.blank,
         )
 
 
@@ -98,14 +105,22 @@ def _main(weight: Held) -> TensorRef | None:
 
 
 def _scalars(weight: Held, reader: Reader) -> dict[str, float]:
+    if weight.table is not None:
+        parts = {kind: weight.parts.get(kind) for kind in (TENSOR_SCALE, INPUT_SCALE)}
+    else:
+        parts = {_KV_SCALE: weight.parts[PACKED] if weight.name.endswith(KV_SCALES) else None}
     found = {}
-    for kind in (TENSOR_SCALE, INPUT_SCALE):
-        ref = weight.parts.get(kind) if weight.table else None
+    for kind, ref in parts.items():
         if ref is not None and ref.spec.dtype == "F32" and ref.spec.elements == 1:
             held = np.empty(1, np.float32)
             reader.read_into(ref.file, ref.offset, held)
             found[kind] = float(held[0])
     return found
+
+
+def _is_subnormal(value: float, weight: Held) -> bool:
+    scale = 1 / value if weight.table is not None and weight.table.inverse else value
+    return scale < _SMALLEST_NORMAL
 
 
 def _scalar_faults(weights: Sequence[Held], scalars: dict[str, dict[str, float]]) -> Iterator[Found]:
@@ -119,6 +134,14 @@ def _scalar_faults(weights: Sequence[Held], scalars: dict[str, dict[str, float]]
                 yield Found(
                     kind, f"{value:g}", "a finite number above zero", ref.name, ref.file, weight.name, experts=experts
                 )
+            elif value is not None and _is_subnormal(value, weight):
+                ref = weight.parts[part]
+                words = f"{value:g}" + (", a reciprocal" if weight.table and weight.table.inverse else "")
+                yield Found(Kind.SUBNORMAL_SCALE, words, "a scale of 1.2e-38 or more", ref.name, ref.file, weight.name)
+        kv_scale = scalars[weight.name].get(_KV_SCALE)
+        if kv_scale is not None and kv_scale <= 0:
+            ref = weight.parts[PACKED]
+            yield Found(Kind.BAD_KV_SCALE, f"{kv_scale:g}", "a number above zero", ref.name, ref.file, weight.name)
     yield from _differing(weights, scalars, TENSOR_SCALE, Kind.TENSOR_SCALES_DIFFER)
     yield from _differing(weights, scalars, INPUT_SCALE, Kind.INPUT_SCALES_DIFFER)
 
@@ -163,43 +186,42 @@ class _Task:
         if self.weight.table is None:
             kind, exponent = _EXPONENTS[self.ref.spec.dtype]
             bits = held.view(kind)
-            return Counts(nan=int(np.count_nonzero((bits & kind(exponent)) == kind(exponent))))
+            nan = int(np.count_nonzero((bits & kind(exponent)) == kind(exponent)))
+            return Counts(nan=nan, blank=not bits.any())
         if self.weight.table.format is MXFP4:
             return self._count_e8m0(held, reader)
         return self._count_e4m3(held, reader)
 
     def _count_e8m0(self, scales: Bytes, reader: Reader) -> Counts:
-        nan = int(np.count_nonzero(scales == 255))
         overflow = 0
         if (scales >= 253).any():
-            codes = self._codes(reader, scales.size)
-            magnitudes = np.maximum(codes & 0x07, (codes >> 4) & 0x07).max(axis=1)
+            largest, _ = _extremes(self._codes(reader, scales.size))
             # 4 x 2^126 (code 6) and 2 x 2^127 (code 4) are 2^128: the first that F32 does not hold.
-            hit = ((scales == 253) & (magnitudes >= 6)) | ((scales == 254) & (magnitudes >= 4))
+            hit = ((scales == 253) & (largest >= 6)) | ((scales == 254) & (largest >= 4))
             overflow = int(np.count_nonzero(hit))
-        return Counts(nan=nan, overflow=overflow)
+        return Counts(nan=int(np.count_nonzero(scales == 255)), overflow=overflow, blank=not scales.any())
 
     def _count_e4m3(self, scales: Bytes, reader: Reader) -> Counts:
-        magnitude = scales & np.uint8(0x7F)
-        nan = magnitude == 0x7F
-        zero = magnitude == 0
-        zeros = 0
-        if zero.any():
-            codes = self._codes(reader, scales.size)
-            zeros = int(np.count_nonzero(zero & ((codes & 0x77) != 0).any(axis=1)))
+        factors = np.abs(self._factors())
+        zero, nan = E4M3_VALUES[scales] == 0, np.isnan(E4M3_VALUES[scales])
         negative = int(np.count_nonzero((scales >= 0x80) & ~nan & ~zero))
-        return Counts(int(np.count_nonzero(nan)), zeros, negative, self._overflowing(magnitude))
+        zeros = overflow = vanishing = 0
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            doubtful = zero | np.isinf(factors * 6)[scales] | (factors / 2 == 0)[scales]
+            if doubtful.any():
+                largest, smallest = _extremes(self._codes(reader, scales.size))
+                zeros = int(np.count_nonzero(zero & (largest > 0)))
+                overflow = int(np.count_nonzero(np.isinf(factors[scales] * E2M1_VALUES[largest])))
+                lost = ~zero & (smallest > 0) & (factors[scales] * E2M1_VALUES[smallest] == 0)
+                vanishing = int(np.count_nonzero(lost))
+        return Counts(int(np.count_nonzero(nan)), zeros, negative, overflow, vanishing, blank=not scales.any())
 
-    def _overflowing(self, magnitude: Bytes) -> int:
-        """Blocks whose largest value would not fit F32: only a huge tensor scale gets there."""
+    def _factors(self) -> F32:
+        """What codes are multiplied by under each scale byte; the scales alone where the tensor's is no scale."""
         scale = self.tensor_scale
-        if scale is None or not math.isfinite(scale) or self.weight.table is None:
-            return 0
-        factor = (1 / scale if self.weight.table.inverse and scale else scale) or 0.0
-        if 6 * 448 * abs(factor) <= _LARGEST_F32:
-            return 0
-        values = _E4M3_MAGNITUDES[magnitude] * (6 * abs(factor))
-        return int(np.count_nonzero(values > _LARGEST_F32))
+        if scale is None or not math.isfinite(scale) or not scale or self.weight.table is None:
+            return E4M3_VALUES
+        return block_factors(NVFP4.name, scale, inverse=self.weight.table.inverse)
 
     def _codes(self, reader: Reader, blocks: int) -> Bytes:
         """The packed codes of the blocks, a row a block; those of a K-major matrix are gathered."""
@@ -219,15 +241,13 @@ class _Task:
         return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(blocks, width)
 
 
-def _e4m3_magnitudes() -> npt.NDArray[np.float64]:
-    codes = np.arange(128)
-    exponent, mantissa = codes >> 3, codes & 7
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    values[127] = 0.0  # NaN, which is counted elsewhere
-    return values
-
-
-_E4M3_MAGNITUDES = _e4m3_magnitudes()
+def _extremes(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """The largest magnitude code of each block, and the smallest that is not zero; 0 where all are."""
+    low, high = packed & np.uint8(0x07), (packed >> 4) & np.uint8(0x07)
+    largest = np.maximum(low, high).max(axis=1)
+    # One less than a code, as an unsigned byte: zero comes last.
+    smallest = np.minimum(low - np.uint8(1), high - np.uint8(1)).min(axis=1) + np.uint8(1)
+    return largest, smallest
 
 
 def _tasks(weight: Held, tensor_scale: float | None, chunk_bytes: int) -> Iterator[_Task]:
@@ -249,6 +269,9 @@ def _count_faults(weight: Held, counts: Counts) -> Iterator[Found]:
     if ref is None:
         return
     experts = weight.role is Role.EXPERT
+    if counts.blank and ref.spec.elements and len(ref.spec.shape) > 1:
+        found = f"every {'value' if weight.table is None else 'byte of its block scales'} is zero"
+        yield Found(Kind.ALL_ZERO, found, "some that are not", ref.name, ref.file, weight.name, experts=experts)
     if weight.table is None:
         if counts.nan and not any(word in weight.name for word in _BESIDE):
             found = f"{counts.nan:,} of {ref.spec.elements:,} values are NaN or infinite"
@@ -260,6 +283,7 @@ def _count_faults(weight: Held, counts: Counts) -> Iterator[Found]:
         (Kind.ZERO_BLOCK_SCALE, counts.zero, "are zero under codes that are not", "a scale above zero"),
         (Kind.NEGATIVE_BLOCK_SCALE, counts.negative, "are negative", "scales above zero"),
         (Kind.OVERFLOWING_BLOCK, counts.overflow, "make values that no F32 holds", "finite values"),
+        (Kind.VANISHING_BLOCK, counts.vanishing, "make zeros of codes that are not", "values that F32 can hold"),
     ):
         if count:
             found = f"{count:,} of {ref.spec.elements:,} block scales {words}"

@@ -23,6 +23,7 @@ from fp4conv.layouts.parts import (
 from fp4conv.safetensors_io import TensorRef
 
 Shape = tuple[int, ...]
+KV_SCALES = (".k_scale", ".v_scale")  # what names of an FP8 KV cache's scales end in
 _WORDS = {PACKED: "codes", BLOCK_SCALE: "block scales", TENSOR_SCALE: "tensor scale", INPUT_SCALE: "input scale"}
 
 
@@ -202,4 +203,4 @@ def by_name(weights: Iterable[Held]) -> dict[str, Held]:
     return {weight.name: weight for weight in weights}
 
 
-__all__ = ["DENSE_SUFFIX", "Held", "by_name", "held_weights"]
+__all__ = ["DENSE_SUFFIX", "KV_SCALES", "Held", "by_name", "held_weights"]

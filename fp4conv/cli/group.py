@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from fp4conv.errors import Fp4convError
+from fp4conv.report.visible import visible
 
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -28,7 +29,7 @@ class Group(click.Group):
 
 
 def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {visible(message)}", err=True)
     sys.exit(code)
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from fp4conv.report.visible import visible
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from tqdm import tqdm
@@ -24,9 +26,9 @@ def words(*without: str) -> str:
 
 
 def print_view(view: RenderableType) -> None:
-    from fp4conv.report.terminal import console
+    from fp4conv.report.terminal import Shown, console
 
-    console().print(view)
+    console().print(Shown(view))
 
 
 def print_json(value: object) -> None:
@@ -35,7 +37,7 @@ def print_json(value: object) -> None:
 
 def warn(warnings: tuple[str, ...], quiet: bool) -> None:
     for warning in () if quiet else warnings:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {visible(warning)}", err=True)
 
 
 def announce_kernels(quiet: bool) -> None:

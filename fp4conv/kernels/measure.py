@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.formats import MXFP4
 from fp4conv.kernels.contract import F32, F64, U8, Source, check_compare, logical
 from fp4conv.kernels.jit import helper, kernel
 from fp4conv.kernels.lanes import I32, FloatBits
 from fp4conv.kernels.quantise import INF_BITS
-from fp4conv.kernels.small_floats import E2M1_VALUES, E4M3_VALUES
+from fp4conv.kernels.small_floats import E2M1_VALUES
 
 I64 = npt.NDArray[np.int64]
 
@@ -333,15 +332,6 @@ def _count_columns(
                 for i in range(block * half, block * half + half):
                     codes[scale, packed[i * n + j] & 15] += 1
                     codes[scale, packed[i * n + j] >> 4] += 1
-
-
-def block_factors(format_name: str, tensor_scale: float, *, inverse: bool) -> F32:
-    """[256]: what codes are multiplied by under each scale byte, as the decoders have it; NaN under a NaN scale."""
-    if format_name == MXFP4.name:
-        return np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
-    with np.errstate(all="ignore"):
-        factor = np.float32(tensor_scale)
-        return (E4M3_VALUES / factor if inverse else E4M3_VALUES * factor).astype(np.float32)
 
 
 def block_values(factors: F32) -> F32:

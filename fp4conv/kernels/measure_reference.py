@@ -27,10 +27,11 @@ def compare(x: Source | F64, reference: Source | F64, kn: bool, sums: F64) -> tu
     different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
     good = np.isfinite(a) & np.isfinite(b)
     a, b = np.where(good, a, 0.0), np.where(good, b, 0.0)
-    apart = np.abs(a - b)
-    for number, terms in enumerate((b * b, apart * apart, a * b, a * a)):
-        sums[number] = _in_order(terms.T if kn else terms, kn)
-    relative = np.divide(apart, np.abs(b), out=np.zeros_like(apart), where=b != 0)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # of float64 alone: squares beyond it are Inf
+        apart = np.abs(a - b)
+        for number, terms in enumerate((b * b, apart * apart, a * b, a * a)):
+            sums[number] = _in_order(terms.T if kn else terms, kn)
+        relative = np.divide(apart, np.abs(b), out=np.zeros_like(apart), where=b != 0)
     peaks = float(apart.max(initial=0.0)), float(relative.max(initial=0.0))
     return int(different.sum()), int((~good).sum()), int((different & ~good).sum()), *peaks
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.formats import E2M1_MAGNITUDES, Ties
+from fp4conv.formats import E2M1_MAGNITUDES, MXFP4, Ties
 from fp4conv.kernels.contract import F32
 
 E2M1_VALUES = np.array([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)], dtype=np.float32)
@@ -27,6 +27,15 @@ def _e4m3_values() -> F32:
 
 E4M3_VALUES = _e4m3_values()
 E4M3_ONE = 0x38
+
+
+def block_factors(format_name: str, tensor_scale: float, *, inverse: bool) -> F32:
+    """[256]: what codes are multiplied by under each scale byte, as the decoders have it; NaN under a NaN scale."""
+    if format_name == MXFP4.name:
+        return np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
+    with np.errstate(all="ignore"):
+        factor = np.float32(tensor_scale)
+        return (E4M3_VALUES / factor if inverse else E4M3_VALUES * factor).astype(np.float32)
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> F32:

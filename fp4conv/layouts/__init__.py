@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
-from fp4conv.errors import UsageError
+from fp4conv.errors import SourceError, UsageError
 from fp4conv.families import Family, family_of, natural_key
 from fp4conv.layouts.base import Layout, Parsed, Written
 from fp4conv.layouts.completeness import check_complete, check_size
@@ -17,7 +18,7 @@ from fp4conv.layouts.openai import EXPERTS as OPENAI_EXPERTS
 from fp4conv.layouts.openai import OpenAI
 from fp4conv.layouts.openai_original import OpenAIOriginal
 from fp4conv.layouts.parts import PartNames
-from fp4conv.model import FP8, Model, Source
+from fp4conv.model import FP8, Model, Source, Weight
 
 LAYOUTS: tuple[Layout, ...] = (OpenAIOriginal(), OpenAI(), CompressedTensors(), ModelOpt(), Fp8(), HfDense())
 
@@ -42,12 +43,24 @@ def parse(source: Source) -> Model:
     layout = recognised(source)
     parsed = layout.parse(source, family)
     weights = tuple(sorted(parsed.weights, key=lambda weight: natural_key(weight.name)))
+    _check_once(weights)
     config = parsed.config if parsed.config is not None else source.json("config.json")
     notes = () if config is not None else ("there is no config.json: no program knows what model these tensors are",)
     missing = check_complete(weights, config or {})
     warnings = (*source.warnings, *parsed.warnings, *notes, *missing)
     model = Model(source, family, layout.name, weights, config or {}, parsed.calibration, warnings=warnings)
     return attach_training(model, source)
+
+
+def _check_once(weights: Sequence[Weight]) -> None:
+    """SourceError where a weight is there dense and in codes: which of the two is meant?"""
+    for first, second in pairwise(weights):  # sorted by name
+        if first.name == second.name:
+            raise SourceError(
+                f"it is there twice: as {first.value.refs[0].name} and as {second.value.refs[0].name}",
+                where=first.name,
+                hint="see all that is wrong with: fp4conv verify SRC",
+            )
 
 
 def layout_named(name: str) -> Layout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp4conv.model import JSON
-from fp4conv.report.facts import ErrorFacts, add_errors
+from fp4conv.report.facts import ErrorFacts, add_errors, finite
 from fp4conv.report.inspected import decibels, error_words
 from fp4conv.report.terminal import grid
 
@@ -48,7 +47,7 @@ class Difference:
     @property
     def differing(self) -> tuple[tuple[str, ErrorFacts], ...]:
         """The tensors that have other values, the worst first."""
-        return tuple(sorted((each for each in self.tensors if each[1].differ), key=lambda each: each[1].sqnr_db))
+        return tuple(sorted((each for each in self.tensors if each[1].differ), key=lambda each: each[1].nearness))
 
     @property
     def failing(self) -> tuple[tuple[str, ErrorFacts], ...]:
@@ -69,7 +68,7 @@ class Difference:
             "first": self.first,
             "second": self.second,
             "same": self.same,
-            "tolerance_db": self.tolerance if self.tolerance is None or math.isfinite(self.tolerance) else None,
+            "tolerance_db": finite(self.tolerance),
             "compared": len(self.tensors),
             "differing": [name for name, _ in self.differing],
             "failing": [name for name, _ in self.failing],

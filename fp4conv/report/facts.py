@@ -12,6 +12,19 @@ from fp4conv.families import layer_of, module_of
 from fp4conv.model import JSON, Decoded, Model
 
 
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN and no Infinity: they are null."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def exact_sum(terms: Iterable[float]) -> float:
+    """Rounded once, so that it does not depend on the order; NaN where it is beyond float64."""
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # ValueError: of Inf and -Inf
+        return math.nan
+
+
 @dataclass(frozen=True)
 class ErrorFacts:
     """How far values are from those of a reference, in float64 over every pair that is finite on both sides.
@@ -36,10 +49,20 @@ class ErrorFacts:
 
     @property
     def sqnr_db(self) -> float:
-        """10 log10(signal / noise); +inf where nothing differs, -inf where noise stands against no signal."""
+        """10 log10(signal / noise); +inf where nothing differs, -inf where noise stands against no signal.
+
+        NaN where squares are beyond float64, as those of values of 1e200 are.
+        """
         if not self.noise:
             return math.inf
+        if not (math.isfinite(self.signal) and math.isfinite(self.noise)):
+            return math.nan
         return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+
+    @property
+    def nearness(self) -> float:
+        """The SQNR as something to sort by: what is no number comes first."""
+        return -math.inf if math.isnan(self.sqnr_db) else self.sqnr_db
 
     @property
     def mse(self) -> float:
@@ -51,16 +74,18 @@ class ErrorFacts:
         if not self.noise:
             return 1.0
         scale = math.sqrt(self.signal) * math.sqrt(self.power)
+        if not (math.isfinite(scale) and math.isfinite(self.dot)):
+            return math.nan
         return min(1.0, max(-1.0, self.dot / scale)) if scale else 0.0
 
     def to_json(self) -> dict[str, JSON]:
-        """dB and the rest; what is infinite (nothing differs, or no signal) is null."""
+        """dB and the rest; what is no number (nothing differs, no signal, squares beyond float64) is null."""
         return {
-            "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
-            "mse": self.mse,
-            "max_abs_error": self.max_abs_error,
-            "max_rel_error": self.max_rel_error,
-            "cosine": self.cosine,
+            "sqnr_db": finite(self.sqnr_db),
+            "mse": finite(self.mse),
+            "max_abs_error": finite(self.max_abs_error),
+            "max_rel_error": finite(self.max_rel_error),
+            "cosine": finite(self.cosine),
             "differ": self.differ,
             "left_out": self.left_out,
             "left_out_differ": self.left_out_differ,
@@ -72,10 +97,10 @@ def add_errors(errors: Iterable[ErrorFacts]) -> ErrorFacts:
     known = list(errors)
     return ErrorFacts(
         values=sum(e.values for e in known),
-        signal=math.fsum(e.signal for e in known),
-        noise=math.fsum(e.noise for e in known),
-        dot=math.fsum(e.dot for e in known),
-        power=math.fsum(e.power for e in known),
+        signal=exact_sum(e.signal for e in known),
+        noise=exact_sum(e.noise for e in known),
+        dot=exact_sum(e.dot for e in known),
+        power=exact_sum(e.power for e in known),
         max_abs_error=max((e.max_abs_error for e in known), default=0.0),
         max_rel_error=max((e.max_rel_error for e in known), default=0.0),
         differ=sum(e.differ for e in known),
@@ -129,7 +154,6 @@ class ValueFacts:
         }
         if not self.codes:
             return facts
-        scale = self.tensor_scale
         return facts | {
             "blocks": self.blocks,
             "zero_blocks": self.zero_blocks,
@@ -140,7 +164,7 @@ class ValueFacts:
             "dead_blocks": self.dead_blocks,
             "code_histogram": list(self.codes),
             "scale_histogram": [[value, count] for value, count in self.scales],
-            "tensor_scale": scale if scale is None or math.isfinite(scale) else None,
+            "tensor_scale": finite(self.tensor_scale),
         }
 
 

@@ -36,7 +36,7 @@ _IN_LAYER = re.compile(r"(?P<layer>.*?\blayers?\.(\{[^}]*\}|\d+))\.(?P<leaf>.+)"
 def _worst(row: TensorFacts) -> float:
     """SQNR against the reference, else the best that a conversion would leave."""
     if row.error is not None:
-        return row.error.sqnr_db
+        return row.error.nearness
     return max((each.error.sqnr_db for each in row.estimates), default=math.inf)
 
 
@@ -82,7 +82,8 @@ def inspect_view(
         apart = [facts.error for facts in found.tensors if facts.error is not None and facts.error.differ]
         if apart and len(apart) < len(found.tensors):  # embeddings and norms that stay would flatter the rest
             head.add_row(
-                "", f"of the {len(apart):,} tensors that differ: SQNR {decibels(add_errors(apart).sqnr_db)} dB"
+                "",
+                f"of the {len(apart):,} tensor{'s' * (len(apart) > 1)} that differ{'s' * (len(apart) == 1)}: SQNR {decibels(add_errors(apart).sqnr_db)} dB",
             )
     notes = [Text(note, style="dim") for note in found.without_estimate]
     parts = [head, _table(found, rows, width, grouped), *_layers_view(found), *_estimates_view(found)]
@@ -99,7 +100,7 @@ def error_words(error: ErrorFacts) -> str:
 
 
 def decibels(value: float) -> str:
-    return "same" if value == math.inf else "-inf" if value == -math.inf else f"{value:.2f}"
+    return "same" if value == math.inf else "?" if math.isnan(value) else f"{value:.2f}"
 
 
 # ---- the table

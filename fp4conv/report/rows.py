@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fp4conv.formats import MXFP4
 from fp4conv.model import JSON
-from fp4conv.report.facts import TensorFacts
+from fp4conv.report.facts import TensorFacts, finite
 
 _CELLS = 8
 _PLAIN = ("name", "format", "shape", "bytes", "bits_per_weight", "role", "layer", "kind", "file")
@@ -44,12 +44,8 @@ def csv_text(tensors: Sequence[TensorFacts]) -> str:
         known = facts.to_json()
         tried = {(each.format, each.rule): each.error.sqnr_db for each in facts.estimates}
         shown = [_cell(known.get(key)) for key in (*_PLAIN, *_VALUES, *_ERROR)]
-        writer.writerow([*shown, *(_cell(_finite(tried.get(key))) for key in estimates)])
+        writer.writerow([*shown, *(_cell(finite(tried.get(key))) for key in estimates)])
     return out.getvalue()
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _cell(value: JSON) -> str:
@@ -73,9 +69,9 @@ class ShownRow:
     block: int = 0
 
     def to_json(self) -> dict[str, JSON]:
-        row: dict[str, JSON] = {"row": list(self.place), "values": [_finite(value) for value in self.values]}
+        row: dict[str, JSON] = {"row": list(self.place), "values": [finite(value) for value in self.values]}
         if self.codes:
-            row |= {"codes": list(self.codes), "block_scales": [_finite(scale) for scale in self.scales]}
+            row |= {"codes": list(self.codes), "block_scales": [finite(scale) for scale in self.scales]}
         return row
 
 
@@ -94,7 +90,7 @@ class ShownTensor:
             "name": self.name,
             "format": self.format,
             "shape": list(self.shape),
-            "tensor_scale": None if self.tensor_scale is None else _finite(self.tensor_scale),
+            "tensor_scale": None if self.tensor_scale is None else finite(self.tensor_scale),
             "rows": [row.to_json() for row in self.rows],
         }
 

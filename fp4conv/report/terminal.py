@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +22,7 @@ from fp4conv.publishing.published import Published
 from fp4conv.report.converted import ConvertResult, DownloadForecast, Forecast
 from fp4conv.report.hints import HintsResult, part_bytes
 from fp4conv.report.verified import Verified
+from fp4conv.report.visible import visible
 from fp4conv.servers import Verdict
 from fp4conv.sizes import as_option, format_size
 from fp4conv.training_rules import taken_as
@@ -44,6 +47,17 @@ def console(stderr: bool = False) -> Console:
     if not plain.is_terminal:
         plain.width = 120
     return plain
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A view whose text cannot steer the terminal: styles are ours, characters in names are not."""
+
+    view: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.view, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 def grid(*alignments: str) -> Table:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernel_cases import matrices, normal, to_bf16
 
 from fp4conv.formats import E2M1_MAGNITUDES
-from fp4conv.kernels import measure, measure_reference
+from fp4conv.kernels import measure, measure_reference, small_floats
 from fp4conv.kernels.measure import BlockCounts
 
 F32 = npt.NDArray[np.float32]
@@ -114,7 +114,7 @@ def test_block_values_are_those_of_ml_dtypes(tensor_scale: float, inverse: bool)
     with np.errstate(all="ignore"):
         factors = scales / np.float32(tensor_scale) if inverse else scales * np.float32(tensor_scale)
         expected = factors[:, None] * codes
-    found = measure.block_values(measure.block_factors("nvfp4", tensor_scale, inverse=inverse))
+    found = measure.block_values(small_floats.block_factors("nvfp4", tensor_scale, inverse=inverse))
     assert np.array_equal(found, expected, equal_nan=True)
     odd = ~(np.isfinite(expected[:, 1:8]) & (expected[:, 1:8] > 0)).all(axis=1)
     assert np.array_equal(measure.special_scales(found), odd)
@@ -122,7 +122,7 @@ def test_block_values_are_those_of_ml_dtypes(tensor_scale: float, inverse: bool)
 
 def test_block_values_of_mxfp4_are_those_of_ml_dtypes() -> None:
     scales = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-    found = measure.block_values(measure.block_factors("mxfp4", 1.0, inverse=False))
+    found = measure.block_values(small_floats.block_factors("mxfp4", 1.0, inverse=False))
     with np.errstate(over="ignore"):
         assert np.array_equal(found[:, :8], (scales[:, None] * E2M1_MAGNITUDES).astype(np.float32), equal_nan=True)
     assert np.flatnonzero(measure.special_scales(found)).tolist() == [253, 254, 255]

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fp4conv.formats import E8M0_BIAS, MXFP4
-from fp4conv.kernels.measure import BlockCounts, block_factors, block_values, special_scales
-from fp4conv.kernels.small_floats import E4M3_VALUES
+from fp4conv.kernels.measure import BlockCounts, block_values, special_scales
+from fp4conv.kernels.small_floats import E4M3_VALUES, block_factors
 from fp4conv.model import Decoded
-from fp4conv.report.facts import ErrorFacts, ValueFacts
+from fp4conv.report.facts import ErrorFacts, ValueFacts, exact_sum
 
 F64 = npt.NDArray[np.float64]
 
@@ -39,8 +39,7 @@ class ErrorTally:
         self.max_rel = max(self.max_rel, max_rel)
 
     def facts(self) -> ErrorFacts:
-        # fsum rounds once, so the order in which rows were done does not show
-        signal, noise, dot, power = (math.fsum(rows.tolist()) for rows in self.sums)
+        signal, noise, dot, power = (exact_sum(rows.tolist()) for rows in self.sums)
         return ErrorFacts(
             values=self.pairs - self.left_out,
             signal=signal,
