@@ -18,7 +18,9 @@ from safetensors.numpy import load_file
 import fp4conv
 from fp4conv.cli import main
 from fp4conv.errors import OutputError, PlanError, UsageError, ValuesError
+from fp4conv.layouts import parse
 from fp4conv.qat.calibrating import observe
+from fp4conv.sources import open_source
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -203,6 +205,17 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "datasets" else object())
     with pytest.raises(UsageError, match=r"needs datasets[^$]*pip install 'fp4conv\[qat\]'"):
+        fp4conv.calibrate(reference("llama-bf16"), dataset=data, output=tmp_path / "amax.safetensors")
+
+
+def test_a_model_whose_layers_have_other_names_than_its_checkpoint(
+    reference: Reference, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before the first example: convert would not find these amax."""
+    other = parse(open_source(reference("gptoss-bf16")))
+    monkeypatch.setattr("fp4conv.commands.calibrate.parse", lambda _: other)
+    monkeypatch.setattr("fp4conv.qat.calibrating.observe", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(PlanError, match=r"calls a layer model\.layers\.0\.mlp\.\S+_proj, and the checkpoint has none"):
         fp4conv.calibrate(reference("llama-bf16"), dataset=data, output=tmp_path / "amax.safetensors")
 
 

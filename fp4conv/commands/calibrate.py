@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fp4conv.errors import OutputError, PlanError, UsageError
-from fp4conv.input_scales import SUFFIXES
 from fp4conv.layouts import parse
 from fp4conv.model import JSON, Model, Stored
 from fp4conv.qat.settings import Settings
@@ -77,8 +76,7 @@ def calibrate(
         attn_implementation=attn_implementation,
     )
     started = time.monotonic()
-    amax, samples, tokens = _observed(settings, kv_cache, tell or (lambda done, of: None))
-    _check_names(amax, parsed)
+    amax, samples, tokens = _observed(settings, parsed, kv_cache, tell or (lambda done, of: None))
     _write(target, amax)
     inputs = sum(name.endswith(".input_amax") for name in amax)
     seconds = time.monotonic() - started
@@ -87,9 +85,11 @@ def calibrate(
     )
 
 
-def _observed(settings: Settings, kv: bool, tell: Callable[[int, int], None]) -> tuple[dict[str, float], int, int]:
+def _observed(
+    settings: Settings, parsed: Model, kv: bool, tell: Callable[[int, int], None]
+) -> tuple[dict[str, float], int, int]:
     """(amax by name, examples, tokens)."""
-    from fp4conv.qat.calibrating import observe, one_by_one
+    from fp4conv.qat.calibrating import looked_at, observe, one_by_one
     from fp4conv.qat.data import first_examples
     from fp4conv.qat.models import load_model, load_tokenizer, quiet
 
@@ -99,6 +99,7 @@ def _observed(settings: Settings, kv: bool, tell: Callable[[int, int], None]) ->
     if not examples:
         raise UsageError("no example has a token", where=str(settings.dataset))
     loaded = load_model(folder, settings)
+    _check_names(looked_at(loaded), parsed)
 
     batches = one_by_one([example.ids for example in examples], loaded.device, tell)
     return observe(loaded, batches, kv=kv), len(examples), sum(len(example.ids) for example in examples)
@@ -134,11 +135,10 @@ def _check_format(model: Model, name: str) -> None:
         )
 
 
-def _check_names(amax: dict[str, float], model: Model) -> None:
+def _check_names(modules: Iterable[str], model: Model) -> None:
     """Every module is one of the checkpoint, by its name: else `convert` could not find it."""
     known = {weight.module for weight in model.weights}
-    for name in amax:
-        module = name.removesuffix(next(suffix for suffix in SUFFIXES if name.endswith(suffix)))
+    for module in modules:
         if module not in known:
             raise PlanError(
                 f"transformers calls a layer {module}, and the checkpoint has none of that name",

@@ -16,7 +16,7 @@ from fp4conv.formats import NVFP4
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch
 from fp4conv.qat.quantizers import FakeQuantizer, attach, observing
-from fp4conv.qat.targets import all_targets, canonical, checkpoint_modules, input_set_of
+from fp4conv.qat.targets import Target, all_targets, canonical, checkpoint_modules, input_set_of
 
 
 def observe(model: torch.nn.Module, batches: Iterable[Batch], *, kv: bool = False) -> dict[str, float]:
@@ -26,9 +26,7 @@ def observe(model: torch.nn.Module, batches: Iterable[Batch], *, kv: bool = Fals
     '<k_proj>.k_amax' and '<v_proj>.v_amax'. `model` is changed, and of no use after it. Raises ValuesError for an
     input that is not finite, is always zero, or that no token reached.
     """
-    targets = [target for target in all_targets(model) if role_of(target.name) not in EXCLUDED]
-    if not targets:
-        raise PlanError("no linear layer was found in this model", hint="is it a language model of transformers?")
+    targets = _looked_at(model)
     inputs = [FakeQuantizer(target.name, NVFP4.name) for target in targets]
     for target, quantizer in zip(targets, inputs, strict=True):
         attach(target, FakeQuantizer(target.name, NVFP4.name, target.axis), quantizer)
@@ -45,6 +43,18 @@ def observe(model: torch.nn.Module, batches: Iterable[Batch], *, kv: bool = Fals
         share(caches.held, lambda name: name, inputs=True)
         found |= {held.name: float(held.amax) for held in caches.held if held.amax is not None}
     return found
+
+
+def looked_at(model: torch.nn.Module) -> list[str]:
+    """The modules of a checkpoint whose inputs `observe` will look at."""
+    return [name for target in _looked_at(model) for name in checkpoint_modules(target)]
+
+
+def _looked_at(model: torch.nn.Module) -> list[Target]:
+    targets = [target for target in all_targets(model) if role_of(target.name) not in EXCLUDED]
+    if not targets:
+        raise PlanError("no linear layer was found in this model", hint="is it a language model of transformers?")
+    return targets
 
 
 def one_by_one(
