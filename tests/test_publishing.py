@@ -205,6 +205,9 @@ def test_hiccups_of_the_hub_are_sat_out(
         Fault("PUT /upload/", status=503),
         Fault("PUT /upload/", cut_after=100_000),
         Fault("GET .*/tree/", status=502),
+        Fault("POST .*/discussions$", status=500),
+        Fault("POST .*/status$", status=500),
+        Fault("POST .*/merge$", status=504),
     ]
     notes: list[str] = []
     fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, on_note=notes.append, **OPTIONS)  # type: ignore[arg-type]

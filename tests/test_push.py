@@ -151,7 +151,7 @@ def test_commits_beyond_the_first_are_spaced_and_take_what_has_come(
         (tmp_path / name).write_bytes(name.encode())
     repository = Repository(REPO)
     repository.make(private=False)
-    pull = repository.open_pull("nine", "")
+    pull = repository.open_pull("nine", "owner", "")
     gone: list[str] = []
     with Publication(repository, pull, tmp_path) as publication:
         for name in names:

@@ -188,11 +188,9 @@ def begin(repository: Repository, push: Push, title: str, command: str) -> Pull:
     account = repository.check_login()
     _check_content(repository, push)
     repository.make(private=push.private)
-    found = repository.find_pull(title, account)
-    if found is not None:
-        return found
     return repository.open_pull(
         title,
+        account,
         f"A model on its way, uploaded file by file by fp4conv {__version__} and merged when it is whole. "
         f"Please do not merge it by hand.\n\n```\n{command}\n```",
     )

@@ -151,11 +151,18 @@ class Repository:
         going = [each for each in own if each.status in ("draft", "open")]
         return Pull(going[0].num, title, going[0].status) if going else None
 
-    def open_pull(self, title: str, description: str) -> Pull:
-        """A new draft, which shows what main shows. Asked once: a second time would make a second one."""
-        with self._explained():
+    def open_pull(self, title: str, author: str, description: str) -> Pull:
+        """The pull request that `find_pull` finds, or a new draft, which shows what main shows."""
+
+        def ask() -> Pull:
+            found = self.find_pull(title, author)  # also where an answer was lost: a second one would be too many
+            if found is not None:
+                return found
             made = self._api().create_pull_request(self.repo, title, description=description)
-        return Pull(made.num, title, made.status)
+            return Pull(made.num, title, made.status)
+
+        with self._explained():
+            return self._patiently(ask)
 
     def pull(self, number: int) -> tuple[Pull, tuple[str, ...]]:
         """(the pull request as it is now, files in conflict with what main has become)."""
@@ -202,15 +209,17 @@ class Repository:
         return sent
 
     def merge(self, pull: Pull) -> None:
-        """Open the draft and merge it."""
-        with self._explained():
-            if pull.status == "draft":
-                self._patiently(lambda: self._api().change_discussion_status(self.repo, pull.number, new_status="open"))
-            try:
+        """Open the draft and merge it; nothing where an answer was lost and it is merged already."""
+
+        def ask() -> None:
+            now = self.pull(pull.number)[0]
+            if now.status == "draft":
+                self._api().change_discussion_status(self.repo, pull.number, new_status="open")
+            if now.status != "merged":
                 self._api().merge_pull_request(self.repo, pull.number)
-            except Exception as error:
-                if not is_transient(error) or self.pull(pull.number)[0].status != "merged":
-                    raise
+
+        with self._explained():
+            self._patiently(ask)
 
     def note(self, text: str) -> None:
         self._on_note(text)
