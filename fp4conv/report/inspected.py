@@ -81,10 +81,8 @@ def inspect_view(
         head.add_row("error", error_words(found.error))
         apart = [facts.error for facts in found.tensors if facts.error is not None and facts.error.differ]
         if apart and len(apart) < len(found.tensors):  # embeddings and norms that stay would flatter the rest
-            head.add_row(
-                "",
-                f"of the {len(apart):,} tensor{'s' * (len(apart) > 1)} that differ{'s' * (len(apart) == 1)}: SQNR {decibels(add_errors(apart).sqnr_db)} dB",
-            )
+            which = "the tensor that differs" if len(apart) == 1 else f"the {len(apart):,} tensors that differ"
+            head.add_row("", f"of {which}: SQNR {decibels(add_errors(apart).sqnr_db)} dB")
     notes = [Text(note, style="dim") for note in found.without_estimate]
     parts = [head, _table(found, rows, width, grouped), *_layers_view(found), *_estimates_view(found)]
     return Group(*parts, *notes, *warnings_view(found.warnings))
