@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -388,6 +389,53 @@ def test_a_model_that_somebody_else_publishes_meanwhile_stays(
     with pytest.raises(OutputError, match=r"main has got a model meanwhile \(other.safetensors\)"):
         fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
     assert published(hub) == {"other.safetensors": b"x"}
+
+
+OLD = {"config.json": b"{}", "model.safetensors": b"old", "notes.txt": b"x"}
+MEANWHILE = {"another": {"a-00001-of-00001.safetensors": b"x"}, "changed": {"model.safetensors": b"newer"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"), [("another", "got another model meanwhile"), ("changed", "conflicts in mod")]
+)
+def test_main_is_no_mixture_when_it_changes_while_it_is_to_be_replaced(
+    hub: Hub, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, match: str
+) -> None:
+    """A merge removes what was there when the pull request began, and nothing that came since."""
+    hub.add(REPO, OLD)
+    begun = Publication.recognise
+    came: list[str] = []
+
+    def meddle(self: Publication, names: Collection[str]) -> dict[str, Path]:
+        if not came:
+            came.append(hub.change(REPO, MEANWHILE[kind]))
+        return begun(self, names)
+
+    monkeypatch.setattr(Publication, "recognise", meddle)
+    for _ in range(2):  # also when it goes on
+        with pytest.raises(OutputError, match=match) as caught:
+            fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
+        assert "/discussions/1" in str(caught.value)
+        assert hub.files(REPO) == {**OLD, **MEANWHILE[kind]}
+    shutil.rmtree(tmp_path / "dst.partial")
+    pulls(hub)[0].status = "closed"
+    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
+    assert published(hub) == {**contents(local), "notes.txt": b"x"}
+
+
+def test_a_replacement_that_was_stopped_before_the_merge_goes_on(
+    hub: Hub, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pull request has removed the older shards by then: they are no strangers."""
+    monkeypatch.setattr("fp4conv.publishing.repository.PAUSES", ())
+    hub.add(REPO, OLD)
+    hub.faults.append(Fault("POST .*/merge", status=500))
+    with pytest.raises(OutputError, match="500"):
+        fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
+    assert hub.files(REPO) == OLD
+    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
+    assert published(hub) == {**contents(local), "notes.txt": b"x"}
+    assert len(pulls(hub)) == 1
 
 
 @pytest.mark.parametrize(

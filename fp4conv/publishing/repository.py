@@ -172,6 +172,16 @@ class Repository:
         names = tuple(conflicts) if isinstance(conflicts, list) else ("some files",) if conflicts else ()
         return Pull(found.num, found.title, found.status), names
 
+    def base_of(self, pull: Pull) -> str:
+        """The commit of main that the pull request began from, or last took in."""
+        with self._explained():
+            main, own = (
+                self._patiently(lambda ref=ref: list(self._api().list_repo_commits(self.repo, revision=ref)))  # type: ignore[misc]
+                for ref in ("main", pull.ref)
+            )
+        shared = {commit.commit_id for commit in main}
+        return next((commit.commit_id for commit in own if commit.commit_id in shared), "main")
+
     def commit(
         self, pull: Pull, added: Mapping[str, Path | bytes], message: str, *, deleted: Collection[str] = ()
     ) -> dict[str, Content]:
