@@ -219,14 +219,18 @@ class Repository:
         return sent
 
     def merge(self, pull: Pull) -> None:
-        """Open the draft and merge it; nothing where an answer was lost and it is merged already."""
+        """Open the draft and merge it; all is well where an answer was lost, or another run has just done it."""
 
         def ask() -> None:
             now = self.pull(pull.number)[0]
-            if now.status == "draft":
-                self._api().change_discussion_status(self.repo, pull.number, new_status="open")
-            if now.status != "merged":
-                self._api().merge_pull_request(self.repo, pull.number)
+            try:
+                if now.status == "draft":
+                    self._api().change_discussion_status(self.repo, pull.number, new_status="open")
+                if now.status != "merged":
+                    self._api().merge_pull_request(self.repo, pull.number)
+            except Exception as error:
+                if is_transient(error) or self.pull(pull.number)[0].status != "merged":
+                    raise
 
         with self._explained():
             self._patiently(ask)
