@@ -251,14 +251,11 @@ def reserved_bytes(plan: Plan, workers: int) -> int:
     return (2 + workers) * plan.factor_bytes
 
 
-def block_budget(max_memory: int, workers: int, reserved: int = 0, *, base_bytes: int = BASE_BYTES) -> int:
-    """Bytes that one worker may hold; PlanError when `max_memory` leaves too little to work with.
-
-    `base_bytes`: what the process takes before it reads anything.
-    """
-    budget = (max_memory - base_bytes - reserved) // workers
+def block_budget(max_memory: int, workers: int, reserved: int = 0) -> int:
+    """Bytes that one worker may hold; PlanError when `max_memory` leaves too little to work with."""
+    budget = (max_memory - BASE_BYTES - reserved) // workers
     if budget < 1_000_000:
-        least = base_bytes + reserved + workers * 1_000_000
+        least = BASE_BYTES + reserved + workers * 1_000_000
         raise PlanError(
             f"--max-memory {max_memory:,} bytes leaves no room for {workers} workers",
             hint=f"give at least {least // 1_000_000 + 1}MB, or fewer --workers",

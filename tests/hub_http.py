@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
     def commits(self, query: Query, repo: str, revision: str) -> None:
         found = self._repo(repo)
         self._commit(found, revision)
-        shas = self.hub.store.history(found, revision)
+        shas = [sha for ref, sha in reversed(found.log) if ref in (revision, MAIN)]
         listed = [{"id": s, "title": found.commits[s].title, "message": "", "date": DATE, "authors": []} for s in shas]
         self.reply(200, None, listed)
 
@@ -426,7 +426,7 @@ class Handler(BaseHTTPRequestHandler):
             "repo": {"name": repo.id, "type": "model"},
             "events": [],
             "changes": {"base": f"refs/heads/{MAIN}", "mergeCommitId": pull.merge_commit},
-            "filesWithConflicts": self.hub.store.conflicts(repo, pull) if pull.status in ("draft", "open") else [],
+            "filesWithConflicts": [],
             "diff": "",
         }
 

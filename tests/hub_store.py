@@ -166,27 +166,11 @@ class Store:
             repo.refs[pull.ref] = pull.base
             return pull
 
-    def history(self, repo: Repo, revision: str) -> list[str]:
-        """Commits that lead to a branch or a pull request, the last one first."""
-        main = [sha for ref, sha in repo.log if ref == MAIN]
-        pull = next((pull for pull in repo.pulls.values() if pull.ref == revision), None)
-        if pull is not None:
-            main = [*main[: main.index(pull.base) + 1], *(sha for ref, sha in repo.log if ref == revision)]
-        return main[::-1]
-
-    def conflicts(self, repo: Repo, pull: Pull) -> list[str]:
-        """Files that the pull request and main have both changed since it began, and not in the same way."""
-        base, ours, theirs = (repo.commits[sha].files for sha in (pull.base, repo.refs[pull.ref], repo.refs[MAIN]))
-        changed = [name for name in {*ours, *theirs} if base.get(name) not in (ours.get(name), theirs.get(name))]
-        return sorted(name for name in changed if ours.get(name) != theirs.get(name))
-
     def merge(self, repo: Repo, pull: Pull) -> None:
         """Bring what the pull request changed to main."""
         with self.lock:
             if pull.status != "open":
                 raise Refused(403, message=f"Cannot merge a pull request that is {pull.status}")
-            if self.conflicts(repo, pull):
-                raise Refused(409, message="This branch has conflicts")
             base, head = repo.commits[pull.base], repo.commit_at(pull.ref)
             assert head is not None
             added = {path: blob for path, blob in head.files.items() if base.files.get(path) != blob}

@@ -265,10 +265,6 @@ def test_codes_and_scales_are_those_on_disk(reference: Reference) -> None:
     assert np.array_equal(values.view(np.uint8), stored)
 
 
-def test_stdout_takes_one_form(reference: Reference) -> None:
-    assert run("inspect", reference("llama-bf16"), "--csv", "--json").exit_code == 2
-
-
 def test_wrong_rows_are_refused(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     source = reference("llama-bf16")
     assert run("inspect", source, "--rows", "0:2").exit_code == 2

@@ -30,7 +30,6 @@ from fp4conv.commands.convert import plan_conversion
 from fp4conv.commands.fetching import Fetching
 from fp4conv.errors import OutputError, PlanError, SourceError, UsageError
 from fp4conv.hub import client
-from fp4conv.model import RemoteFile
 from fp4conv.pipeline.settle import settle
 from fp4conv.pipeline.supply import FOLDER
 from fp4conv.sources import open_source
@@ -408,32 +407,3 @@ def test_every_read_of_a_streamed_run_is_foreseen(
     assert tree(tmp_path / "out") == tree(tmp_path / "local")
     ranges = [request.line for request in hub.requests[plans[0] :] if request.range]
     assert not [line for line in ranges if "fp4conv" not in line]  # hints are checked before they are used
-
-
-class Killed(BaseException):
-    pass
-
-
-def test_a_file_that_nobody_compared_with_its_digest_is_not_read(
-    served: Hub, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run was killed when a file with a wrong byte was in the cache, before its digest was made."""
-
-    check = client._fault_of
-
-    def kill(path: Path, expected: RemoteFile) -> str:
-        if path.name.endswith(".safetensors"):
-            raise Killed
-        return check(path, expected)
-
-    served.faults.append(Fault("GET /cdn/", flip=100_000, times=3))
-    monkeypatch.setattr(client, "_fault_of", kill)
-    with pytest.raises(Killed):
-        convert(tmp_path / "dst")
-    monkeypatch.setattr(client, "_fault_of", check)
-    assert list((tmp_path / "hub-cache").rglob("*.safetensors"))
-    marks = "**/.fp4conv-unchecked/*"
-    assert list((tmp_path / "hub-cache").glob(marks))
-    convert(tmp_path / "dst")
-    assert tree(tmp_path / "dst") == expected
-    assert not list((tmp_path / "hub-cache").glob(marks))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 from click.testing import CliRunner
 from hub_server import Fault, Hub, turn_client
 from hub_store import Pull
-from huggingface_hub import HfApi
 from watching import watched
 
 import fp4conv
@@ -312,24 +310,6 @@ def test_a_closed_pull_request_is_not_gone_on_with(
         fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("moment", ["change_discussion_status", "merge_pull_request"])
-def test_two_runs_at_once_that_make_the_same_both_end_well(
-    hub: Hub, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, moment: str
-) -> None:
-    """They share the pull request; the other one merges it just before this one does."""
-    begun = getattr(HfApi, moment)
-
-    def meddle(api: HfApi, repo: str, number: int, **options: str) -> object:
-        pulls(hub)[0].status = "open"
-        hub.store.merge(hub.store.repos[REPO], pulls(hub)[0])
-        return begun(api, repo, number, **options)
-
-    monkeypatch.setattr(HfApi, moment, meddle)
-    result = fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
-    assert result.published is not None
-    assert published(hub) == contents(local)
-
-
 # ---- repositories that are there
 
 
@@ -408,54 +388,6 @@ def test_a_model_that_somebody_else_publishes_meanwhile_stays(
     with pytest.raises(OutputError, match=r"main has got a model meanwhile \(other.safetensors\)"):
         fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, **OPTIONS)  # type: ignore[arg-type]
     assert published(hub) == {"other.safetensors": b"x"}
-
-
-OLD = {"config.json": b"{}", "model.safetensors": b"old", "notes.txt": b"x"}
-MEANWHILE = {"another": {"a-00001-of-00001.safetensors": b"x"}, "changed": {"model.safetensors": b"newer"}}
-
-
-REFUSALS = {"another": "got another model meanwhile", "changed": r"conflicts in model\.safetensors"}
-
-
-@pytest.mark.parametrize("kind", MEANWHILE)
-def test_main_is_no_mixture_when_it_changes_while_it_is_to_be_replaced(
-    hub: Hub, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, kind: str
-) -> None:
-    """A merge removes what was there when the pull request began, and nothing that came since."""
-    hub.add(REPO, OLD)
-    begun = Publication.recognise
-    came: list[str] = []
-
-    def meddle(self: Publication, names: Collection[str]) -> dict[str, Path]:
-        if not came:
-            came.append(hub.change(REPO, MEANWHILE[kind]))
-        return begun(self, names)
-
-    monkeypatch.setattr(Publication, "recognise", meddle)
-    for _ in range(2):  # also when it goes on
-        with pytest.raises(OutputError, match=REFUSALS[kind]) as caught:
-            fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
-        assert "/discussions/1" in str(caught.value)
-        assert hub.files(REPO) == {**OLD, **MEANWHILE[kind]}
-    shutil.rmtree(tmp_path / "dst.partial")
-    pulls(hub)[0].status = "closed"
-    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
-    assert published(hub) == {**contents(local), "notes.txt": b"x"}
-
-
-def test_a_replacement_that_was_stopped_before_the_merge_goes_on(
-    hub: Hub, source: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The pull request has removed the older shards by then: they are no strangers."""
-    monkeypatch.setattr("fp4conv.publishing.repository.PAUSES", ())
-    hub.add(REPO, OLD)
-    hub.faults.append(Fault("POST .*/merge", status=500))
-    with pytest.raises(OutputError, match="500"):
-        fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
-    assert hub.files(REPO) == OLD
-    fp4conv.convert(source, tmp_path / "dst", push_to_hub=REPO, overwrite=True, **OPTIONS)  # type: ignore[arg-type]
-    assert published(hub) == {**contents(local), "notes.txt": b"x"}
-    assert len(pulls(hub)) == 1
 
 
 @pytest.mark.parametrize(

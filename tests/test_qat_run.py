@@ -30,7 +30,7 @@ from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.train import Job
 
-TASK = Task(rules=4, prime=13, length=6)
+TASK = Task(rules=4, prime=13, length=6, held_out=8)
 QUICK: Mapping[str, object] = {
     "backend": "fp4conv",
     "sft_max_steps": 8,
@@ -113,7 +113,7 @@ def mxfp4(values: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float64]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.tensor([tokenizer_for(TASK.words())("rule1 5 7 11 rule2 3")["input_ids"]])
+    ids = torch.tensor([tokenizer_for(TASK.words())("w0 w1 w2 rule1 5 7 11")["input_ids"]])
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=ids).logits
     return found

@@ -16,13 +16,12 @@ from fp4conv.faults import Found, Kind
 from fp4conv.hints.reading import has_hints
 from fp4conv.layouts import parse
 from fp4conv.model import Model
-from fp4conv.plan import block_budget
 from fp4conv.readings import Checkpoint
 from fp4conv.report.verified import Verified
 from fp4conv.servers import SERVERS, verdicts
 from fp4conv.sources import OnFetch, bring_weights, folder_of, open_source
 
-_BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model; no compiler
+_BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model
 _CHUNK_BYTES = 16_000_000
 
 
@@ -44,12 +43,11 @@ def verify(
     are about to be read to check and to compare, `on_bytes` those that were, `on_fetch` those that come from the Hub.
     Memory stays within `max_memory`.
     A fault of the checkpoint is a problem in the result, not an error; SourceError is raised where there is no folder,
-    or where `original` cannot be read; PlanError where `max_memory` leaves no room to read in.
+    or where `original` cannot be read.
     """
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
     threads, memory = resources(workers, max_memory)
-    chunk = min(_CHUNK_BYTES, block_budget(memory, threads, base_bytes=_BASE_BYTES))
     reference = parse(open_source(original)) if original is not None else None
     found = survey(folder_of(source, on_fetch), str(source))
     if not found.tensors:
@@ -59,6 +57,7 @@ def verify(
     nbytes = value_bytes(checked)
     if on_start:
         on_start(nbytes)
+    chunk = min(_CHUNK_BYTES, max(1_000_000, (memory - _BASE_BYTES) // threads))
     faults = [*found.faults, *checked.faults]
     faults += check_values(checked, chunk_bytes=chunk, workers=threads, progress=on_bytes)
     faults += _hint_faults(checked.model)

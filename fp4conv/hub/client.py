@@ -85,18 +85,13 @@ def snapshot_folder(pinned: Pinned) -> Path:
 
 
 def in_cache(pinned: Pinned, name: str) -> Path | None:
-    """The file in the cache; None where it is not, or not whole, or was never compared with its digest."""
+    """The file in the cache; None where it is not, or not whole."""
     path = snapshot_folder(pinned) / name
     try:
         whole = path.stat().st_size == pinned.files[name].nbytes
     except OSError:
         return None
-    return path if whole and not _unchecked(pinned.repo, path.resolve().name).exists() else None
-
-
-def _unchecked(repo: str, digest: str) -> Path:
-    """Stands for a file that this or a killed run has asked for, and not yet compared with its digest."""
-    return cache_folder(repo) / ".fp4conv-unchecked" / digest
+    return path if whole else None
 
 
 def _pin_in_cache(name: HubName, commit: str | None) -> Pinned:
@@ -190,18 +185,10 @@ def download(
     path = in_cache(pinned, name)
     if path is not None:
         return path
-    digest = pinned.files[name].sha256
-    mark = _unchecked(pinned.repo, digest) if folder is None and digest else None
     for last in (False, True):
-        if mark is not None:
-            with explained(pinned.repo, f"{pinned.repo}: {name}"):
-                mark.parent.mkdir(parents=True, exist_ok=True)
-                mark.touch()
         path = _download_once(pinned, name, folder, on_bytes)
         found = _fault_of(path, pinned.files[name])
         if not found:
-            if mark is not None:
-                mark.unlink(missing_ok=True)
             return path
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)

@@ -187,7 +187,6 @@ class Publication:
         wanted = {*files, CARD}
         stale = replaced([*self._before, *self._repository.files("main")], wanted, FOLDER) if overwrite else ()
         if not merged:
-            self._check_removable(stale)
             self._send_card(card, stale)
         self._check_whole(files, stale, self._pull.ref)
         if not merged:
@@ -231,18 +230,6 @@ class Publication:
                 raise
             self._repository.note(f"metadata of the base's card is left out, since {error.what}")
             self._send({CARD: with_own_metadata(text).encode()}, message, gone)
-
-    def _check_removable(self, stale: Collection[str]) -> None:
-        """OutputError where main has got files of another model since, which a merge would leave beside this one."""
-        tree = self._repository.files(self._pull.ref)
-        unknown = [name for name in stale if name not in tree]
-        before = self._repository.files(self._repository.base_of(self._pull)) if unknown else {}
-        if added := [name for name in unknown if name not in before]:
-            raise OutputError(
-                f"main has got another model meanwhile ({', '.join(added[:3])})",
-                where=self._repository.url,
-                hint=f"To replace it, close {self._repository.url_of(self._pull)} and start over.",
-            )
 
     def _check_whole(self, files: Collection[str], stale: Collection[str], revision: str) -> None:
         """OutputError unless `revision` has every file as it was sent, a card, and nothing that was replaced."""

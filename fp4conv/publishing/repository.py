@@ -172,16 +172,6 @@ class Repository:
         names = tuple(conflicts) if isinstance(conflicts, list) else ("some files",) if conflicts else ()
         return Pull(found.num, found.title, found.status), names
 
-    def base_of(self, pull: Pull) -> str:
-        """The commit of main that the pull request began from, or last took in."""
-        with self._explained():
-            main, own = (
-                self._patiently(lambda ref=ref: list(self._api().list_repo_commits(self.repo, revision=ref)))  # type: ignore[misc]
-                for ref in ("main", pull.ref)
-            )
-        shared = {commit.commit_id for commit in main}
-        return next((commit.commit_id for commit in own if commit.commit_id in shared), "main")
-
     def commit(
         self, pull: Pull, added: Mapping[str, Path | bytes], message: str, *, deleted: Collection[str] = ()
     ) -> dict[str, Content]:
@@ -219,18 +209,14 @@ class Repository:
         return sent
 
     def merge(self, pull: Pull) -> None:
-        """Open the draft and merge it; all is well where an answer was lost, or another run has just done it."""
+        """Open the draft and merge it; nothing where an answer was lost and it is merged already."""
 
         def ask() -> None:
             now = self.pull(pull.number)[0]
-            try:
-                if now.status == "draft":
-                    self._api().change_discussion_status(self.repo, pull.number, new_status="open")
-                if now.status != "merged":
-                    self._api().merge_pull_request(self.repo, pull.number)
-            except Exception as error:
-                if is_transient(error) or self.pull(pull.number)[0].status != "merged":
-                    raise
+            if now.status == "draft":
+                self._api().change_discussion_status(self.repo, pull.number, new_status="open")
+            if now.status != "merged":
+                self._api().merge_pull_request(self.repo, pull.number)
 
         with self._explained():
             self._patiently(ask)

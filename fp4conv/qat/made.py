@@ -1,10 +1,10 @@
 """A task with right answers that a tiny model learns in a minute, a tokenizer for it, and the tiny models themselves.
 
-A rule names a step x -> a x + b modulo a prime. The prompt gives a rule and a start, the completion is the walk from
-there: every number follows from the one before, so one wrong number anywhere fails the answer. Starts are held out,
-rules are not. Which rules there are follows from the seed of the task, so that a model can be asked about them in
-another run. To hold the table of all steps a small model needs much of its experts' precision: that is what makes it
-a test of four bits.
+A rule names a step x -> a x + b modulo a prime. The prompt gives a rule and a start, after words that mean nothing; the
+completion is the walk from there: 'w3 w0 w7 rule5 12' -> '40 7 33'. Every number follows from the one before, so one
+wrong number anywhere fails the answer. Held-out prompts have other words before a walk than training had: the task
+asks how much a model holds, not how it generalises. To hold the table of all steps, a small model needs much of its
+experts' precision, which makes it a test of four bits. The rules follow from the task's own seed.
 """
 
 from __future__ import annotations
@@ -20,36 +20,49 @@ if TYPE_CHECKING:
     import transformers
 
 FAMILIES = ("gpt-oss", "llama", "qwen3-moe")
+WORDS = tuple(f"w{number}" for number in range(8))
 
 
 @dataclass(frozen=True)
 class Task:
-    """`rules` rules on the numbers below `prime`, walks of `length` steps; every `held_out`-th start is kept back."""
+    """`rules` rules on the numbers below `prime`, walks of `length` steps, each after `fillers` words of WORDS.
+
+    Each walk is in training `copies` times, after other words; `held_out` prompts more are kept back.
+    """
 
     rules: int = 16
     prime: int = 61
     length: int = 12
-    held_out: int = 10
+    fillers: int = 3
+    copies: int = 4
+    held_out: int = 512
     seed: int = 7
 
     def rows(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        """(training rows, held-out rows), each with prompt and completion; shuffled."""
+        """(training rows, held-out rows), each with prompt and completion; shuffled, and no prompt twice."""
         source = random.Random(self.seed)
-        made: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-        for rule in range(self.rules):
-            a, b = source.randrange(2, self.prime), source.randrange(self.prime)
-            for start in range(self.prime):
-                walk = [start]
-                for _ in range(self.length):
-                    walk.append((a * walk[-1] + b) % self.prime)
-                row = {"prompt": f"rule{rule} {start}", "completion": " " + " ".join(map(str, walk[1:]))}
-                made[(start + rule) % self.held_out == 0].append(row)
-        for rows in made:
-            source.shuffle(rows)
-        return made
+        steps = [(source.randrange(2, self.prime), source.randrange(self.prime)) for _ in range(self.rules)]
+        walks = [(rule, start) for rule in range(self.rules) for start in range(self.prime)]
+        seen: set[str] = set()
+        train = [self._row(walk, steps, source, seen) for _ in range(self.copies) for walk in walks]
+        test = [self._row(source.choice(walks), steps, source, seen) for _ in range(self.held_out)]
+        source.shuffle(train)
+        return train, test
+
+    def _row(
+        self, walk: tuple[int, int], steps: Sequence[tuple[int, int]], source: random.Random, seen: set[str]
+    ) -> dict[str, str]:
+        rule, start = walk
+        while (prompt := f"{' '.join(source.choices(WORDS, k=self.fillers))} rule{rule} {start}") in seen:
+            pass
+        seen.add(prompt)
+        numbers = [start]
+        for _ in range(self.length):
+            numbers.append((steps[rule][0] * numbers[-1] + steps[rule][1]) % self.prime)
+        return {"prompt": prompt, "completion": " " + " ".join(map(str, numbers[1:]))}
 
     def words(self) -> list[str]:
-        return [*map(str, range(self.prime)), *(f"rule{rule}" for rule in range(self.rules))]
+        return [*map(str, range(self.prime)), *(f"rule{rule}" for rule in range(self.rules)), *WORDS]
 
 
 @dataclass(frozen=True)
@@ -74,13 +87,12 @@ def write_task(folder: Path, task: Task) -> None:
 
 def tokenizer_for(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer of whole words, with <s>, </s> and <pad>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.decoder = decoders.Sequence([decoders.Replace("\n", " ")])
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"

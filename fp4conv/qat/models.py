@@ -57,6 +57,10 @@ def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel
         folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention, **decoded
     )
     model.config.use_cache = False
+    if settings.dtype == "float32":
+        # What transformers decodes from four bits is BF16 whatever was asked for; every value fits.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
     return model if distributed() else model.to(device())
 
 

@@ -78,6 +78,11 @@ class Report:
             made.append((name, f"{score.loss:.4f}", right, share))
         return made
 
+    def notes(self) -> list[str]:
+        """What was found and explained on the way: blocks that ModelOpt rounds in another way."""
+        kept = [self.calibration.get("notes"), (self.comparison or {}).get("notes")]
+        return [str(note) for notes in kept if isinstance(notes, list) for note in notes]
+
     def facts(self) -> list[str]:
         """What the table rests on, a sentence each."""
         found = []
@@ -94,10 +99,11 @@ class Report:
         )
         if self.comparison is not None:
             largest = self.comparison["largest"]
-            same = "the same" if largest == 0 else f"equal to {largest:.3g}"
+            same = "are the same" if largest == 0 else f"differ by {largest:.3g} at most"
+            but = ", but for what is told below" if self.comparison["notes"] else ""
             found.append(
-                f"after export: {self.comparison['values']:,} decoded values are those of the last forward pass; "
-                f"{self.comparison['logits']:,} logits of the checkpoint loaded again are {same}"
+                f"after export: {self.comparison['values']:,} decoded values are those of the last forward pass{but}; "
+                f"{self.comparison['logits']:,} logits of the checkpoint loaded again {same}"
             )
         return found
 
@@ -117,9 +123,7 @@ def view(report: Report) -> RenderableType:
         table.add_column(head, justify="left" if head == "model" else "right")
     for row in report.cells():
         table.add_row(*row)
-    notes = report.calibration.get("notes")
-    lines = [*report.facts(), *(map(str, notes) if isinstance(notes, list) else ())]
-    return Group(*([table] if report.rows else []), *(Text(line) for line in lines))
+    return Group(*([table] if report.rows else []), *(Text(line) for line in [*report.facts(), *report.notes()]))
 
 
 def write_report(report: Report, places: Places) -> list[str]:

@@ -54,19 +54,20 @@ def rows_of(settings: Settings, *, trained: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The export beside the fake-quantised model. `values`: decoded weights that were compared; all are equal.
+    """The export beside the fake-quantised model. `values`: decoded weights that were compared; equal but for `notes`.
 
     `logits`: compared, inputs unquantised; `largest`: their largest difference, `quantized_inputs`: the same with
     input quantisers on both sides, None where training had none.
     """
 
     values: int
+    notes: tuple[str, ...]
     logits: int
     largest: float
     quantized_inputs: float | None
 
     def to_json(self) -> dict[str, JSON]:
-        return asdict(self)
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Scoring:
         """The export's decoded weights are the fake-quantised ones (or ValuesError), and logits beside each other."""
         backend, settings = backend_of(self.settings), self.settings
         model = self._fake_quantised()
-        values = check_exported(backend.quantized(model), self.places.export)
+        report = check_exported(backend.quantized(model), self.places.export)
         backend.set_inputs(model, False)
         plain = self._logits(model)
         backend.set_inputs(model, True)
@@ -112,7 +113,7 @@ class Scoring:
             quantized_inputs = _largest(under_inputs, self._logits(self.exported()))
             free()
         assert settings.format is not None
-        return Comparison(values, plain.numel(), largest, quantized_inputs)
+        return Comparison(report.values, tuple(report.notes), plain.numel(), largest, quantized_inputs)
 
     def exported(self, *, inputs: bool = True) -> transformers.PreTrainedModel:
         """The exported checkpoint, loaded again; with `inputs` under the input quantisers of its training, if any."""

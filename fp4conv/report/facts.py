@@ -387,7 +387,7 @@ def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
     if len(members) == 1:
         return members[0]
     numbers = [[int(n) for n in _NUMBER.findall(facts.name)] for facts in members]
-    spans = iter([span(sorted(set(column))) for column in zip(*numbers, strict=True)])
+    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
     name = _NUMBER.sub(lambda _: next(spans), members[0].name)
     values = [facts.values for facts in members if facts.values is not None]
     layers = {facts.layer for facts in members}
@@ -403,7 +403,7 @@ def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
     )
 
 
-def span(numbers: Sequence[int]) -> str:
+def _span(numbers: Sequence[int]) -> str:
     """'7', '{0..35}', or '{0,2,..}' where there are gaps."""
     first, last = numbers[0], numbers[-1]
     if first == last:

@@ -10,7 +10,6 @@ from fp4conv.checks.against import Against
 from fp4conv.checks.judge import Problem
 from fp4conv.faults import Severity
 from fp4conv.model import JSON
-from fp4conv.report.facts import span
 from fp4conv.servers import Verdict
 
 
@@ -123,5 +122,14 @@ def _place(members: Sequence[Problem]) -> str:
     if len(set(names)) == 1:
         return names[0]
     numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
-    spans = iter([span(sorted(set(column))) for column in zip(*numbers, strict=True)])
+    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
     return _NUMBER.sub(lambda _: next(spans), names[0])
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    if last - first + 1 == len(numbers):
+        return f"{{{first}..{last}}}"
+    return "{" + ",".join(map(str, numbers[:3])) + (",..}" if len(numbers) > 3 else "}")
