@@ -161,9 +161,14 @@ def smallest_disk(plan: Plan, source_bytes: Mapping[str, int], *, result_stays: 
     return most + resident_bytes(plan)
 
 
-def disk_bound(plan: Plan, source_bytes: Mapping[str, int], asked: int | None, *, result_stays: bool = False) -> int:
-    """The bound to keep to: what was asked for, or twice the least. PlanError where that is too little."""
-    least = smallest_disk(plan, source_bytes, result_stays=result_stays)
+def disk_bound(
+    plan: Plan, source_bytes: Mapping[str, int], asked: int | None, *, result_stays: bool = False, beside: int = 0
+) -> int:
+    """The bound to keep to: what was asked for, or twice the least. PlanError where that is too little.
+
+    `beside`: bytes of other files that come and stay.
+    """
+    least = smallest_disk(plan, source_bytes, result_stays=result_stays) + beside
     if asked is None:
         return 2 * least
     if asked < least:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from adapters import factors, write_adapter
 from checkpoints import tree
 from click.testing import CliRunner
 from hub_server import Fault, Hub
@@ -92,7 +93,7 @@ def watched(folder: Path) -> Iterator[list[int]]:
         while not stop.is_set():
             with suppress(FileNotFoundError):  # something went while it was looked at: look again
                 files = [path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL_NAME]
-                peak[0] = max(peak[0], sum(path.stat().st_size for path in files))
+                peak[0] = max(peak[0], sum(path.stat().st_size for path in files if not path.is_symlink()))
             time.sleep(0.001)
 
     thread = threading.Thread(target=watch)
@@ -281,6 +282,27 @@ def test_streaming_keeps_to_its_bound_and_leaves_no_copy(
     assert [path.name for path in place.iterdir()] == ["out"]
     assert set(downloads(hub).values()) == {1}
     assert not list((tmp_path / "hub-cache").rglob("*.safetensors"))
+
+
+def test_the_bound_counts_what_comes_into_the_cache(
+    served: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizer and configs, and an adapter, which may be large."""
+    served.change("owner/model", {"tokenizer.json": b'{"a": "' + b"b" * 2_000_000 + b'"}'})
+    name = "model.layers.0.self_attn.q_proj"
+    weight = next(step.weight for step in plan_conversion(model, to="bf16").steps if step.key == f"{name}.weight")
+    assert weight is not None
+    write_adapter(tmp_path / "adapter", factors(f"model.{name}", weight.n, weight.k, rank=256), r=256)
+    served.add("owner/adapter", tmp_path / "adapter")
+    adapter = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    bound = least(**OPTIONS, lora=["owner/adapter"])
+    assert bound >= least() + adapter > 2_000_000 + adapter
+    shutil.rmtree(tmp_path / "hub-cache")
+    (tmp_path / "all").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "all" / "hub"))
+    with watched(tmp_path / "all") as peak:
+        convert(tmp_path / "all" / "dst", stream=True, max_disk=bound, lora=["owner/adapter"])
+    assert peak[0] <= bound
 
 
 def test_a_bound_that_is_too_small_is_refused_with_the_one_that_works(

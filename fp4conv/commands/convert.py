@@ -168,7 +168,7 @@ def convert(
                     resumed=on_resume,
                     taker=publication,
                     supply=fetching.supply(out, on_fetch),
-                    max_disk=fetching.limit,
+                    max_disk=fetching.room,
                 )
                 remove_source(out)
                 write_files(plan, out)

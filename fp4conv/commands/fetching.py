@@ -10,7 +10,7 @@ from pathlib import Path
 from fp4conv.errors import OutputError, UsageError
 from fp4conv.hub.client import in_cache, snapshot_folder
 from fp4conv.model import Pinned
-from fp4conv.pipeline.supply import FOLDER, FromHub, source_bytes
+from fp4conv.pipeline.supply import FOLDER, FromHub, cached_bytes, source_bytes
 from fp4conv.plan import Plan
 from fp4conv.report.converted import DownloadForecast
 from fp4conv.sizes import format_size, parse_size
@@ -23,7 +23,8 @@ from fp4conv.streaming import disk_bound, smallest_disk
 class Fetching:
     """`missing_bytes`: what the cache does not have of `total_bytes`. `least`: the smallest --max-disk that works.
 
-    `limit`: with --stream, what lies on the disk at the most, source and result. All zero for a local source.
+    `limit`: with --stream, what lies on the disk at the most, source and result; `beside`: what of it is in the cache,
+    and stays. All zero for a local source.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class Fetching:
     missing_bytes: int = 0
     least: int = 0
     limit: int | None = None
+    beside: int = 0
 
     @classmethod
     def of(
@@ -52,15 +54,21 @@ class Fetching:
         whole = source_bytes(plan, pinned, streamed=False) if pinned else {}
         missing = sum(nbytes for name, nbytes in whole.items() if pinned and not in_cache(pinned, name))
         streamed = source_bytes(plan, pinned, streamed=True) if pinned else {}
-        least = smallest_disk(plan, streamed, result_stays=not published)
+        beside = cached_bytes(plan)
+        least = smallest_disk(plan, streamed, result_stays=not published) + beside
         limit = None
         if stream:
             # Without a bound: room for two more files of each side, so that neither has to wait often.
             leaving = [shard.nbytes for shard in plan.shards.values()] if published else []
             ample = least + 2 * max(streamed.values(), default=0) + 2 * max(leaving, default=0)
             asked = parse_size(str(max_disk)) if max_disk is not None else ample
-            limit = disk_bound(plan, streamed, asked, result_stays=not published)
-        return cls(plan, pinned, sum(whole.values()), missing, least, limit)
+            limit = disk_bound(plan, streamed, asked, result_stays=not published, beside=beside)
+        return cls(plan, pinned, sum(whole.values()), missing, least, limit, beside)
+
+    @property
+    def room(self) -> int | None:
+        """What of `limit` is left for files that come and go."""
+        return None if self.limit is None else self.limit - self.beside
 
     def disk_bytes(self, destination: Path) -> int:
         """What the disk of `destination` has to hold at the most. OutputError where that of the cache is too small."""

@@ -17,6 +17,8 @@ from fp4conv.pipeline.holding import Holding
 from fp4conv.plan import Plan
 from fp4conv.safetensors_io import Reader
 from fp4conv.sources import ADAPTER
+from fp4conv.sources.listing import SUFFIX
+from fp4conv.sources.remote import is_wanted
 from fp4conv.staging import Staging
 from fp4conv.streaming import Side
 
@@ -186,6 +188,23 @@ def source_bytes(plan: Plan, pinned: Pinned, *, streamed: bool) -> dict[str, int
     if not streamed:
         return wanted
     return {name: 0 if in_cache(pinned, name) else nbytes + _BESIDE_BYTES for name, nbytes in wanted.items()}
+
+
+def cached_bytes(plan: Plan) -> int:
+    """What comes into the cache also when the source is streamed, and stays there: adapters, small files."""
+    copied = {file.name for file in plan.files if file.content is None}
+    total = 0
+    if plan.model.source.pinned is not None:
+        streamed = source_bytes(plan, plan.model.source.pinned, streamed=False)
+        for file in plan.model.source.files:
+            read = is_wanted(file.name) and not file.name.endswith(SUFFIX)
+            if file.name not in streamed and (file.name in copied or read):
+                total += file.nbytes
+    for adapter in plan.model.adapters:
+        files = adapter.pinned.files if adapter.pinned is not None else {}
+        small = {name for name in files if is_wanted(name) and not name.endswith(SUFFIX)}
+        total += sum(files[name].nbytes for name in files.keys() & {ADAPTER, *small})
+    return total
 
 
 def remove_source(out: Staging) -> None:
