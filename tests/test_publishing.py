@@ -394,7 +394,7 @@ def test_a_model_that_somebody_else_publishes_meanwhile_stays(
     ("token", "match"),
     [
         ("", "needs a login, and there is none"),
-        ("hf_wrong", "401"),
+        ("hf_wrong", r"401(.|\n)*token is not valid"),
         ("hf_reader", r"403(.|\n)*Your login may not do this in owner/made"),
     ],
 )

@@ -254,7 +254,7 @@ class Repository:
                 error.hint = "Is it spelled right? Use a token that may write there: hf auth login, or HF_TOKEN."
             elif "disabled" in error.what:
                 error.hint = f"Allow pull requests in its settings ({self.url}/settings), or give another repository."
-            elif getattr(getattr(cause, "response", None), "status_code", None) in (401, 403):
+            elif getattr(getattr(cause, "response", None), "status_code", None) == 403:
                 error.hint = (
                     f"Your login may not do this in {self.repo}. Give a repository of your own, or log in with a token "
                     "that may write there: hf auth login, or HF_TOKEN."
