@@ -50,11 +50,18 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _part(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"there is no part {text!r}; choose from {', '.join(PARTS)}")
+    return text
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/servers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="what to run; everything where none is named")
+    # not choices=: before Python 3.12.3 argparse takes the empty list for a choice that is not there
+    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"{', '.join(PARTS)}; default: all of them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--docs", action="store_true", help="write the results into docs/servers.md; needs all parts")
     arguments = parser.parse_args()
