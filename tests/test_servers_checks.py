@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import Array, bf16, noise, write_model
 from faults import FAULTS
+from servers_checks import __main__ as command
 from servers_checks import placement, sglang_checks, vllm_checks, vllm_faults
 from servers_checks.isolated import Answer, isolated
 from servers_checks.placement import SGLANG, VLLM, Names, Parameter
@@ -120,6 +122,21 @@ def test_what_vllm_makes_of_a_fault_is_told_apart() -> None:
     }
     nan = Outcome(tokens=((1, 2),), logprobs=((-1.0, float("nan")),))
     assert "NaN" in vllm_faults.reaction(healthy, nan).words
+
+
+@pytest.mark.parametrize("words", [[], ["gguf"], ["gguf", "vllm"]])
+def test_parts_are_named_or_all_of_them_run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["servers", *words])
+    assert list(command.arguments().parts) == words
+
+
+def test_a_part_that_is_not_there_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["servers", "trtllm"])
+    with pytest.raises(SystemExit):
+        command.arguments()
+    assert "choose from gguf, sglang, vllm, faults" in capsys.readouterr().err
 
 
 def test_every_planted_fault_is_fed_to_vllm_and_told_in_the_docs() -> None:

@@ -29,21 +29,21 @@ MARKS = {"rows": ("<!-- what was run -->", "<!-- end of what was run -->"),
 
 
 def main() -> int:
-    arguments = _arguments()
+    given = arguments()
     rows: list[Row | FaultRow] = []
     with tempfile.TemporaryDirectory(prefix="fp4conv-servers-") as scratch:
         checkpoints = Checkpoints(_reference(), Path(scratch))
         checkpoints.make()
-        for part in arguments.parts or PARTS:
+        for part in given.parts or PARTS:
             for row in _run(part, checkpoints):
                 rows.append(row)
                 print(_line(row), flush=True)
     checks = [row for row in rows if isinstance(row, Row)]
     faults = [row for row in rows if isinstance(row, FaultRow)]
-    if arguments.json:
+    if given.json:
         content = {"checks": [asdict(row) for row in checks], "faults": [asdict(row) for row in faults]}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if arguments.docs:
+        given.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if given.docs:
         _write_docs(checks, faults)
     failed = sum(not row.ok for row in rows)
     print(f"{len(rows) - failed} checks came out as they must, {failed} did not")
@@ -56,18 +56,20 @@ def _part(text: str) -> str:
     return text
 
 
-def _arguments() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/servers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     # not choices=: before Python 3.12.3 argparse takes the empty list for a choice that is not there
-    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help=f"{', '.join(PARTS)}; default: all of them")
+    parser.add_argument(
+        "parts", nargs="*", type=_part, metavar="PART", help=f"{', '.join(PARTS)}; default: all of them"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
     parser.add_argument("--docs", action="store_true", help="write the results into docs/servers.md; needs all parts")
-    arguments = parser.parse_args()
-    if arguments.docs and arguments.parts:
+    given = parser.parse_args()
+    if given.docs and given.parts:
         parser.error("--docs needs the results of all parts: name none")
-    return arguments
+    return given
 
 
 def _reference() -> Path:
