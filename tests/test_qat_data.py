@@ -119,6 +119,31 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         load(_folder(tmp_path), train_split="training")
 
 
+def test_a_dataset_of_the_hub_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    made = {
+        "train": datasets.Dataset.from_list([{"text": "a"}] * 3),
+        "test": datasets.Dataset.from_list([{"text": "b"}]),
+    }
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(*words: object) -> datasets.DatasetDict:
+        asked.append(words)
+        return datasets.DatasetDict(made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load(Path("org/name"), subset="small")
+    assert (len(data.train), data.test[0].ids, asked) == (3, ids("<s> b </s>"), [("org/name", "small")])
+
+    def fail(*_: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(Fp4convError, match="cannot be had from the Hub: ConnectionError: no network"):
+        load(Path("org/name"))
+
+
 def _folder(tmp_path: Path) -> Path:
     folder = tmp_path / "splits"
     folder.mkdir()

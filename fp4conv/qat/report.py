@@ -150,8 +150,7 @@ def card(report: Report) -> str:
         "",
         f"# {Path(base).name}, trained for {str(settings.format).upper()}",
         "",
-        f"Fine-tuned on `{Path(str(settings.dataset)).name}` and trained on with {settings.format} fake quantisers by "
-        f"fp4conv {__version__}; the weights here are those that the forward pass of training used.",
+        f"{_how(report)} by fp4conv {__version__}.",
         "",
         *_markdown(report.cells()),
         "",
@@ -159,6 +158,14 @@ def card(report: Report) -> str:
         f"- {report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _how(report: Report) -> str:
+    settings, data = report.settings, Path(str(report.settings.dataset)).name
+    tuned = "" if "sft" in settings.skip else f"Fine-tuned on `{data}`"
+    if "qat" in settings.skip:
+        return f"{tuned}, then quantised to {settings.format}"
+    return f"{tuned + ', then trained' if tuned else f'Trained on `{data}`'} with {settings.format} fake quantisers"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -181,8 +188,13 @@ def page(report: Report) -> str:
             x=[number for number, _ in trained.curve], y=[loss for _, loss in trained.curve], name=step, mode="lines"
         )
     figure.update_layout(
-        template="simple_white", height=420, xaxis_title="optimizer step", yaxis_title="training loss", margin={"t": 20}
+        template="simple_white",
+        height=420,
+        xaxis_title="optimizer step",
+        yaxis_title="training loss (log)",
+        margin={"t": 20},
     )
+    figure.update_yaxes(type="log")
     plot = figure.to_html(include_plotlyjs=True, full_html=False, config={"displaylogo": False})
     rows = "".join(_row(row, "td") for row in report.cells())
     settings = "".join(_row((name, json.dumps(value)), "td") for name, value in report.settings.values().items())
