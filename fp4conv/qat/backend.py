@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 
 from fp4conv.errors import UsageError
+from fp4conv.qat.settings import BACKENDS
 
-BACKENDS = ("modelopt", "fp4conv")
 Batch = Mapping[str, torch.Tensor]
 
 
