@@ -87,6 +87,12 @@ def examples() -> list[str]:
     return found
 
 
+def test_help_has_a_whole_sentence_a_command_in_the_order_of_the_work() -> None:
+    lines = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines] == list(main.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 def test_every_command_has_examples() -> None:
     assert {shlex.split(line)[1] for line in examples()} == set(main.commands)
     assert all(len(line) < 90 for line in examples())

@@ -8,7 +8,10 @@ from fp4conv.cli.group import epilog
 from fp4conv.cli.output import print_json
 
 
-@click.command(epilog=epilog("fp4conv calibrate my-llama --dataset chats.jsonl --output amax.safetensors"))
+@click.command(
+    short_help="Measure input scales (W4A4) for convert.",
+    epilog=epilog("fp4conv calibrate my-llama --dataset chats.jsonl --output amax.safetensors"),
+)
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--dataset", required=True, metavar="DATA",

@@ -16,12 +16,13 @@ _RULES = [rule.value for rule in ScaleRule]
 
 
 @click.command(
+    short_help="Convert a checkpoint to another number format.",
     epilog=epilog(
         "fp4conv convert openai/gpt-oss-20b gpt-oss-20b-bf16 --to bf16",
         "fp4conv convert openai/gpt-oss-20b --to nvfp4 --stream --push-to-hub my-org/oss-nvfp4",
         "fp4conv convert my-llama my-llama-nvfp4 --to nvfp4 --dry-run",
         "fp4conv convert my-llama my-llama-tuned --to bf16 --lora my-llama-lora",
-    )
+    ),
 )
 @click.argument("src", metavar="SRC")
 @click.argument("dst", metavar="[DST]", required=False)

@@ -10,7 +10,7 @@ from fp4conv.cli.group import epilog
 from fp4conv.cli.output import announce_kernels, print_json, print_view
 
 
-@click.command(epilog=epilog("fp4conv demo"))
+@click.command(short_help="Take the tour on a small model that it makes.", epilog=epilog("fp4conv demo"))
 @click.argument("directory", metavar="[DIR]", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def demo(directory: str | None, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from fp4conv.cli.output import Meter, print_json, print_view
 
 
 @click.command(
+    short_help="Say whether two checkpoints have the same values.",
     epilog=epilog("fp4conv diff my-llama-fp4 my-llama --tolerance 18"),
 )
 @click.argument("first", metavar="A")

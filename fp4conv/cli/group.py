@@ -14,7 +14,13 @@ INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 class Group(click.Group):
-    """Turns our errors into a message and an exit code, whichever command raised them."""
+    """Turns our errors into a message and an exit code, whichever command raised them.
+
+    --help lists the commands in the order in which they were added, that of the work, not of the alphabet.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> object:
         try:

@@ -12,12 +12,13 @@ _SORTS = ("name", "format", "bytes", "bits", "sqnr", "mse", "max-error", "cosine
 
 
 @click.command(
+    short_help="Show formats, sizes, values and quantisation error.",
     epilog=epilog(
         "fp4conv inspect gpt-oss-20b --headers-only",
         "fp4conv inspect my-llama-fp4 --reference my-llama --sort sqnr",
         "fp4conv inspect my-llama-fp4 --reference my-llama --html my-llama.html",
         "fp4conv inspect my-llama --as nvfp4",
-    )
+    ),
 )
 @click.argument("src", metavar="SRC")
 @click.option("--reference", metavar="REF", help="A checkpoint of the same tensors: how far SRC is from it.")

@@ -9,7 +9,11 @@ from fp4conv.cli.group import epilog
 from fp4conv.formats import TARGETS
 
 
-@click.command("merge-lora", epilog=epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"))
+@click.command(
+    "merge-lora",
+    short_help="Merge a LoRA adapter into a checkpoint.",
+    epilog=epilog("fp4conv merge-lora gpt-oss-20b my-gpt-oss-lora gpt-oss-20b-tuned"),
+)
 @click.argument("base", metavar="BASE")
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("dst", metavar="[DST]", required=False)

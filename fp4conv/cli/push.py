@@ -8,7 +8,10 @@ from fp4conv.cli.group import epilog
 from fp4conv.cli.output import Meter, print_json, print_view, warn
 
 
-@click.command(epilog=epilog("fp4conv push my-llama-fp4 my-org/my-llama-fp4 --private"))
+@click.command(
+    short_help="Publish a finished checkpoint on the Hub.",
+    epilog=epilog("fp4conv push my-llama-fp4 my-org/my-llama-fp4 --private"),
+)
 @click.argument("directory", metavar="DIR")
 @click.argument("repo", metavar="REPO")
 @click.option("--private", is_flag=True, help="Make the repository private, where there is none yet.")

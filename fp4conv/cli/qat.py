@@ -42,11 +42,12 @@ def _option(one: Field[object], kind: object) -> Callable[[F], F]:
 
 
 @click.command(
+    short_help="Fine-tune and train for four bits, and export that.",
     epilog=epilog(
         "fp4conv qat gpt-oss-20b --dataset my.jsonl --format mxfp4 --output my-run",
         "fp4conv qat --preset gpt-oss-120b-lora --dataset my.jsonl --output my-run",
         "fp4conv qat --print-config --preset small",
-    )
+    ),
 )
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--config", type=click.Path(dir_okay=False), metavar="FILE.yaml", help="Settings; options win over them.")

@@ -11,7 +11,10 @@ from fp4conv.cli.output import Meter, print_json, print_view
 from fp4conv.servers import SERVERS
 
 
-@click.command(epilog=epilog("fp4conv verify gpt-oss-20b --for vllm", "fp4conv verify my-llama --source my-llama"))
+@click.command(
+    short_help="Check a checkpoint; say what servers make of it.",
+    epilog=epilog("fp4conv verify gpt-oss-20b --for vllm", "fp4conv verify my-llama --source my-llama"),
+)
 @click.argument("src", metavar="SRC")
 @click.option(
     "--for", "for_server", type=click.Choice(SERVERS), help="What this server would make of it, and no other."

@@ -68,7 +68,7 @@ def push(
     the bytes that the Hub has and those in all, `on_note` what happens meanwhile. Raises the errors of fp4conv.errors.
     """
     where = Push(repo, private, overwrite, on_bytes=on_upload, on_note=on_note)
-    root = existing_folder(folder)
+    root = existing_folder(folder, or_hub=False)
     check_repository(where)
     verified = verify(folder, on_start=on_verify, on_bytes=on_bytes)
     _check_sound(verified)

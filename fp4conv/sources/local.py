@@ -114,8 +114,11 @@ class LocalFolder:
         return {path.parent.name: str(path.parent) for path in found if not path.parent.name.startswith(".")}
 
 
-def existing_folder(text: str | Path) -> Path:
-    """The folder that `text` names, links resolved; SourceError where there is none."""
+def existing_folder(text: str | Path, *, or_hub: bool = True) -> Path:
+    """The folder that `text` names, links resolved; SourceError where there is none.
+
+    `or_hub`: whether a repository on the Hub would have done too, so that the error says it.
+    """
     root = Path(text)
     where = str(text)
     if "\0" in where:
@@ -129,10 +132,9 @@ def existing_folder(text: str | Path) -> Path:
         return root.resolve()
     if there:
         raise SourceError("is a file, expected a folder", where=where, hint=f"Give the folder: {root.parent}")
-    hint = (
-        "Give the folder that has config.json and the safetensors files, or a repository on the Hub: "
-        "org/name, org/name@revision, hf://org/name/subfolder"
-    )
+    hint = "Give the folder that has config.json and the safetensors files"
+    if or_hub:
+        hint += ", or a repository on the Hub: org/name, org/name@revision, hf://org/name/subfolder"
     raise SourceError("no such folder", where=where, hint=hint)
 
 
