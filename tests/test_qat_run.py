@@ -20,6 +20,7 @@ pytest.importorskip("trl")
 
 import torch
 from click.testing import CliRunner
+from hub_server import Hub
 from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
 
 import fp4conv
@@ -205,6 +206,47 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
     assert result.exit_code == 0, result.output
     assert started == [2]
     assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
+
+
+def test_a_checkpoint_that_a_kill_left_half_is_not_gone_on_from(tmp_path: Path) -> None:
+    from fp4conv.qat.train import _last_checkpoint
+
+    states = {"checkpoint-2": "{}", "checkpoint-10": "{}", "checkpoint-12": '{"global_st', "checkpoint-14": None}
+    for name, state in states.items():
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoints" / "checkpoint-10")
+    assert _last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_model_on_the_hub_comes_down_without_what_is_not_read_and_stays_at_its_commit(
+    hub: Hub, tmp_path: Path
+) -> None:
+    from fp4conv.qat.work import Work
+
+    make(tmp_path)
+    commit = hub.add("owner/tiny", tmp_path / "model")
+    hub.change("owner/tiny", {"original/model.safetensors": b"x", "metal/model.bin": b"x", "model.gguf": b"x"})
+    first = hub.store.repos["owner/tiny"].commit_at("main")
+    assert first is not None
+    assert first.sha != commit
+    settings = settings_from(
+        {**QUICK, "model": "owner/tiny", "dataset": str(tmp_path / "data"), "format": "mxfp4", "output": "out"}
+    )
+    begun = Work(settings, lambda _: None, {})
+    begun.check()
+    assert begun.pins == {"owner/tiny@main": first.sha}
+    here = {file.name for file in begun._source.rglob("*") if file.is_file()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= here
+    assert not {"model.bin", "model.gguf"} & here
+    assert not (begun._source / "original").exists()
+
+    hub.change("owner/tiny", {"config.json": b"{}"})
+    later = Work(settings, lambda _: None, begun.pins)
+    later.check()
+    assert later._source == begun._source
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -40,12 +40,12 @@ def run(settings: Settings, command: str, tell: Tell) -> Report:
     # Past the checks, so that what is missing is named.
     from fp4conv.qat.work import Work
 
-    work = Work(settings, tell)
-    work.check()
     root = Path(str(settings.output))
+    work = Work(settings, tell, _pins(root))
+    work.check()
     _make(root)
     with closing(Journal(root / JOURNAL_NAME)) as journal:
-        _begin(journal, root, settings, command)
+        _begin(journal, root, settings, command, work.pins)
         return work.run(Done(journal))
 
 
@@ -110,12 +110,20 @@ def _make(root: Path) -> None:
         raise OutputError(f"cannot be used: {error.strerror}", where=str(root)) from error
 
 
-def _begin(journal: Journal, root: Path, settings: Settings, command: str) -> None:
+def _pins(root: Path) -> Mapping[str, str]:
+    """The commits that an earlier run in `root` has begun with."""
+    if not (root / JOURNAL_NAME).is_file():
+        return {}
+    with closing(Journal(root / JOURNAL_NAME, look=True)) as journal:
+        return journal.pins
+
+
+def _begin(journal: Journal, root: Path, settings: Settings, command: str, pins: Mapping[str, str]) -> None:
     """Claim the folder for these settings, or see that it is theirs."""
     fingerprint = hashlib.sha256(json.dumps(_binding(settings), sort_keys=True).encode()).hexdigest()
     if journal.fingerprint is None:
         (root / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
-        journal.begin(fingerprint, command, {})
+        journal.begin(fingerprint, command, pins)
     elif journal.fingerprint != fingerprint:
         raise ResumeError(
             f"belongs to a run with other settings{_differences(root, settings)}",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 SAVED = "saved"  # what the trainer saved: a model, or with LoRA an adapter
 RESULT = "training.json"
+TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,19 @@ def _checkpointing(settings: Settings) -> dict[str, object]:
 
 
 def _last_checkpoint(out: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+    """The last checkpoint of the trainer that is whole; a kill may have left a later one half."""
+    found = (out / CHECKPOINTS).glob("checkpoint-*")
+    whole = [folder for folder in found if folder.name.partition("-")[2].isdigit() and _is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.partition("-")[2]))) if whole else None
 
-    folder = out / CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+def _is_whole(checkpoint: Path) -> bool:
+    """trainer_state.json is the last file that the trainer writes of a checkpoint."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_result(out: Path) -> Trained:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fp4conv.errors import SourceError, UsageError
+from fp4conv.errors import UsageError
 from fp4conv.model import JSON
 from fp4conv.qat import steps
 from fp4conv.qat.data import load_data
@@ -20,6 +20,7 @@ from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.report import Report, versions, write_report
 from fp4conv.qat.scoring import Scoring, rows_of
 from fp4conv.qat.train import Trained
+from fp4conv.sources import folder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,9 +30,13 @@ if TYPE_CHECKING:
 
 
 class Work:
-    """One run in settings.output. `tell` gets a line at each step."""
+    """One run in settings.output. `tell` gets a line at each step.
 
-    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
+    `pins`: repository@revision -> commit of a model on the Hub, which an earlier run has begun with; added when found.
+    """
+
+    def __init__(self, settings: Settings, tell: Callable[[str], None], pins: Mapping[str, str]) -> None:
+        self.pins = dict(pins)
         self._settings = settings
         self._tell = tell
         self._places = steps.Places(Path(str(settings.output)))
@@ -47,7 +52,7 @@ class Work:
             )
         backend_of(settings).check(recipe_of(settings))
         _check_modelopt(settings)
-        self._source = _local(str(settings.model))
+        self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
         if settings.backend == "modelopt" and settings.gradient_checkpointing and model.family.name == "moe":
@@ -125,24 +130,6 @@ def _check_modelopt(settings: Settings) -> None:
             "--lora with --backend modelopt: ModelOpt 0.47 stops at two states, of a model and of its adapters",
             hint="--backend fp4conv trains adapters on fake quantisers",
         )
-
-
-def _local(model: str) -> Path:
-    """The folder of the model: as named, or a snapshot of the Hub's."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    name, _, revision = model.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(
-            f"is no folder, and cannot be had from the Hub: {str(error).splitlines()[0]}",
-            where=model,
-            hint="give a folder, or a Hub id (org/name); private models need: hf auth login",
-        ) from error
 
 
 def _number(value: JSON) -> float:

@@ -66,12 +66,17 @@ def bring_weights(source: Source, on_fetch: OnFetch | None = None) -> None:
         bring(source.pinned, [file.name for file in source.files if file.weights], on_fetch)
 
 
-def folder_of(text: str | Path, on_fetch: OnFetch | None = None) -> Path:
-    """The folder that `text` names; of a repository on the Hub the cache's, after all of the checkpoint came down."""
+def folder_of(text: str | Path, on_fetch: OnFetch | None = None, pins: dict[str, str] | None = None) -> Path:
+    """The folder that `text` names; of a repository on the Hub the cache's, after all of the checkpoint came down.
+
+    `pins`: repository@revision -> the commit to take, as in `open_source`; a commit that is found is added.
+    """
     name = _on_hub(text)
     if name is None:
         return existing_folder(text)
-    pinned = pin(name)
+    known, key = {} if pins is None else pins, f"{name.repo}@{name.revision}"
+    pinned = pin(name, known.get(key))
+    known[key] = pinned.commit
     bring(pinned, [file for file in pinned.files if belongs(file) and is_wanted(file)], on_fetch)
     return snapshot_folder(pinned)
 
