@@ -165,6 +165,7 @@ def test_figures_do_not_depend_on_workers_or_memory(
     whole = measured(reference(name), reference(other), workers=1).tensors
     for workers, memory, nbytes in ((3, "400MB", 30_000), (2, "320MB", 1)):
         monkeypatch.setattr(bands, "BAND_BYTES", nbytes)
+        monkeypatch.setattr(bands, "BAND_COLUMNS", 1)
         assert measured(reference(name), reference(other), workers=workers, memory=memory).tensors == whole
 
 
@@ -174,6 +175,7 @@ def test_estimates_do_not_depend_on_workers_or_memory(reference: Reference, monk
     for name in ("llama-bf16", "gptoss-bf16"):
         whole = measured(reference(name), estimate=("mxfp4", "nvfp4"), workers=1).tensors
         monkeypatch.setattr(bands, "BAND_BYTES", 100_000)
+        monkeypatch.setattr(bands, "BAND_COLUMNS", 1)
         assert measured(reference(name), estimate=("mxfp4", "nvfp4"), workers=3).tensors == whole
         monkeypatch.undo()
 
