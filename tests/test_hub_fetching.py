@@ -15,8 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from adapters import factors, write_adapter
 from checkpoints import tree
 from click.testing import CliRunner
 from hub_server import Fault, Hub
+from watching import watched
 
 import fp4conv
 from fp4conv.cli import main
@@ -82,27 +82,6 @@ def downloads(hub: Hub, since: int = 0) -> Counter[str]:
 def least(source: str = "owner/model", **options: object) -> int:
     plan = plan_conversion(source, **(options or OPTIONS))
     return Fetching.of(settle(plan, repair=False, hints=True)).least
-
-
-@contextmanager
-def watched(folder: Path) -> Iterator[list[int]]:
-    """The most bytes that the files below `folder` took, looked at all the time; the journal is not counted."""
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.is_set():
-            with suppress(FileNotFoundError):  # something went while it was looked at: look again
-                files = [path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL_NAME]
-                peak[0] = max(peak[0], sum(path.stat().st_size for path in files if not path.is_symlink()))
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        stop.set()
-        thread.join()
 
 
 # ---- by way of the cache

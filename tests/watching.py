@@ -20,8 +20,8 @@ def watched(folder: Path) -> Iterator[list[int]]:
         while not stop.is_set():
             with suppress(FileNotFoundError):  # something went while it was looked at: look again
                 files = [path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL_NAME]
-                peak[0] = max(peak[0], sum(path.stat().st_size for path in files))
-            time.sleep(0.002)
+                peak[0] = max(peak[0], sum(path.stat().st_size for path in files if not path.is_symlink()))
+            time.sleep(0.001)
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -37,6 +37,8 @@ from fp4conv.kernels.contract import (
     check_fp8,
     check_tensor_scale,
     check_transcode,
+    flat,
+    float_bits,
 )
 from fp4conv.kernels.jit import cache_note, is_cold
 from fp4conv.kernels.quantise import TIES
@@ -82,7 +84,7 @@ def encode_mxfp4(
     Returns -1, or the position of the first NaN or Inf; the outputs are then unspecified.
     """
     n, k = check_encode(MXFP4, x, x_kn, rule, packed, scales, signal, noise, out_kn)
-    bits, shift = _float_bits(x)
+    bits, shift = float_bits(x)
     done = _encode.encode_mx(
         bits, shift, n, k, x_kn, RULES[rule], TIES[ties],
         packed.reshape(-1), scales.reshape(-1), signal, noise, out_kn,
@@ -114,7 +116,7 @@ def encode_nvfp4(
     """
     n, k = check_encode(NVFP4, x, x_kn, rule, packed, scales, signal, noise, out_kn)
     ts = check_tensor_scale(tensor_scale)
-    bits, shift = _float_bits(x)
+    bits, shift = float_bits(x)
     from_top = bool(ties is Ties.DOWN or ts < SMALL_TENSOR_SCALE)
     done = _encode.encode_nv(
         bits, shift, n, k, x_kn, ts, RULES[rule], from_top, TIES[ties],
@@ -167,15 +169,13 @@ def decode_fp8_tiles(values: U8, scales: F32, first_row: int, block: tuple[int, 
     n, k = check_fp8(values, scales, first_row, block, out)
     shift = 16 if out.dtype == np.uint16 else 0
     bits: npt.NDArray[Any] = out.reshape(-1).view(np.uint16 if shift else np.int32)
-    finite = _fp8.decode_tiles(
-        _flat(values), _flat(scales), n, k, first_row % block[0], block[0], block[1], bits, shift
-    )
-    return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, False))
+    finite = _fp8.decode_tiles(flat(values), flat(scales), n, k, first_row % block[0], block[0], block[1], bits, shift)
+    return -1 if finite else int(_scan.first_nonfinite(flat(bits), shift, n, k, False))
 
 
 def amax(x: Source) -> tuple[float, int]:
     """The largest finite |x| of an array of any shape (0.0 of none), and the index of its first NaN or Inf or -1."""
-    bits, shift = _float_bits(x)
+    bits, shift = float_bits(x)
     largest = int(_scan.largest_bits(bits, shift))
     first = -1
     if largest >= 0x7F800000:
@@ -186,7 +186,7 @@ def amax(x: Source) -> tuple[float, int]:
 
 def count_nonfinite(x: Source) -> int:
     """How many values of an array of any shape are NaN or Inf."""
-    return int(_scan.nonfinite(*_float_bits(x)))
+    return int(_scan.nonfinite(*float_bits(x)))
 
 
 def cast_f32_to_bf16(x: F32, out: npt.NDArray[np.uint16]) -> int:
@@ -195,14 +195,14 @@ def cast_f32_to_bf16(x: F32, out: npt.NDArray[np.uint16]) -> int:
     Returns -1, or the flat index of the first finite value that became Inf.
     """
     _check_cast(x, np.float32, out, np.uint16)
-    bits = _float_bits(x)[0]
+    bits = float_bits(x)[0]
     return -1 if _scan.to_bf16(bits, out.reshape(-1)) else int(_scan.first_overflow(bits))
 
 
 def cast_bf16_to_f32(x: npt.NDArray[np.uint16], out: F32) -> int:
     """Widen BF16 bits to float32, exactly; any shape. Returns -1."""
     _check_cast(x, np.uint16, out, np.float32)
-    _scan.to_f32(_float_bits(x)[0], out.reshape(-1).view(np.int32))
+    _scan.to_f32(float_bits(x)[0], out.reshape(-1).view(np.int32))
     return -1
 
 
@@ -217,7 +217,7 @@ def window_counts(packed: U8, scales: U8, starts: npt.NDArray[np.int64], ends: n
     """
     assert packed.dtype == scales.dtype == np.uint8, "packed codes and scales are bytes"
     assert packed.size == 16 * scales.size, f"{scales.size} scales for {packed.size} bytes of codes"
-    block = int(_transcode.count_windows(_flat(packed), _flat(scales), starts, ends))
+    block = int(_transcode.count_windows(flat(packed), flat(scales), starts, ends))
     return -1 if block < 0 else block * MXFP4.block
 
 
@@ -243,25 +243,9 @@ def transcode_mxfp4_nvfp4(
     n, k = check_transcode(packed, scales, m, out_packed, out_scales, signal, noise, out_kn)
     return int(
         _transcode.transcode(
-            _flat(packed), _flat(scales), n, k, m, out_packed.reshape(-1), out_scales.reshape(-1), signal, noise, out_kn
+            flat(packed), flat(scales), n, k, m, out_packed.reshape(-1), out_scales.reshape(-1), signal, noise, out_kn
         )
     )
-
-
-def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A flat read-only view, so that a kernel compiles once for arrays that can be written and those that cannot."""
-    assert array.flags.c_contiguous, "a kernel takes C-contiguous arrays only"
-    view = array.reshape(-1).view()
-    view.flags.writeable = False
-    return view
-
-
-def _float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
-    """(flat bits, shift): BF16 as uint16 to be shifted left by 16, float32 as int32."""
-    if x.dtype == np.uint16:
-        return _flat(x), 16
-    assert x.dtype == np.float32, f"a kernel takes BF16 bits (uint16) or float32, not {x.dtype}"
-    return _flat(x).view(np.int32), 0
 
 
 def _check_cast(x: npt.NDArray[Any], x_dtype: type, out: npt.NDArray[Any], out_dtype: type) -> None:
@@ -284,11 +268,11 @@ def _run_decode(
     n, k, length = shape
     shift = 16 if out.dtype == np.uint16 else 0
     bits: npt.NDArray[Any] = out.reshape(-1).view(np.uint16 if shift else np.int32)
-    codes, block_scales = _flat(packed), _flat(scales)
+    codes, block_scales = flat(packed), flat(scales)
     if packed_kn or out_kn:
         finite = _decode.decode_turning(
             codes, block_scales, n, k, length, packed_kn, kind, tensor_scale, bits, shift, out_kn
         )
     else:
         finite = _decode.decode_rows(codes, block_scales, length, kind, tensor_scale, bits, shift)
-    return -1 if finite else int(_scan.first_nonfinite(_flat(bits), shift, n, k, out_kn))
+    return -1 if finite else int(_scan.first_nonfinite(flat(bits), shift, n, k, out_kn))

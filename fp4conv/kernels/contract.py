@@ -8,7 +8,7 @@ bug of the caller, hence `assert`: the layers above have checked the user's data
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -170,3 +170,19 @@ def check_compare(
     assert sums.dtype == np.float64, f"sums have dtype {sums.dtype}"
     assert sums.shape == (4, n), f"sums have shape {sums.shape}, expected {(4, n)}"
     return n, k
+
+
+def flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A flat read-only view, so that a kernel compiles once for arrays that can be written and those that cannot."""
+    assert array.flags.c_contiguous, "a kernel takes C-contiguous arrays only"
+    view = array.reshape(-1).view()
+    view.flags.writeable = False
+    return view
+
+
+def float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
+    """(flat bits, shift): BF16 as uint16 to be shifted left by 16, float32 as int32."""
+    if x.dtype == np.uint16:
+        return flat(x), 16
+    assert x.dtype == np.float32, f"a kernel takes BF16 bits (uint16) or float32, not {x.dtype}"
+    return flat(x).view(np.int32), 0

@@ -11,12 +11,10 @@ do not depend on an order. Differences of two float32 and their products are tak
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from fp4conv.kernels.contract import F32, F64, U8, Source, check_compare, logical
+from fp4conv.kernels.contract import F32, F64, U8, Source, check_compare, flat, float_bits, logical
 from fp4conv.kernels.jit import helper, kernel
 from fp4conv.kernels.lanes import I32, FloatBits
 from fp4conv.kernels.quantise import INF_BITS
@@ -41,7 +39,7 @@ _LOWER = np.array([min(_ORDER[byte & 15], _ORDER[byte >> 4]) for byte in range(2
 
 def survey(x: Source) -> tuple[float, float, int, int]:
     """(smallest, largest, zeros, not finite) of an array of any shape; inf and -inf where no value is finite."""
-    bits, shift = _float_bits(x)
+    bits, shift = float_bits(x)
     low, high, zeros, bad = _survey(bits, shift)
     if bad == bits.size:
         return np.inf, -np.inf, 0, int(bad)
@@ -83,7 +81,7 @@ def compare(x: Source, reference: Source, kn: bool, sums: F64) -> tuple[int, int
     zero). Values differ as numbers: -0.0 is 0.0, and NaN is NaN.
     """
     n, k = check_compare(x, reference, kn, sums)
-    (a, a_shift), (b, b_shift) = _float_bits(x), _float_bits(reference)
+    (a, a_shift), (b, b_shift) = float_bits(x), float_bits(reference)
     peaks = np.zeros((2, CHUNK))
     run = _compare_columns if kn else _compare_rows
     differ, bad, odd = run(a, a_shift, b, b_shift, n, k, sums, peaks)
@@ -259,7 +257,7 @@ def count_blocks(packed: U8, scales: U8, kn: bool, special: npt.NDArray[np.bool_
     assert packed.dtype == scales.dtype == np.uint8, "packed codes and scales are bytes"
     run = _count_columns if kn else _count_rows
     run(
-        _flat(packed), _flat(scales), n, blocks, half, special,
+        flat(packed), flat(scales), n, blocks, half, special,
         counts.pairs, counts.magnitudes, counts.high, counts.low, counts.codes,
     )  # fmt: skip
 
@@ -347,19 +345,3 @@ def special_scales(values: F32) -> npt.NDArray[np.bool_]:
     """
     positive = values[:, 1:8]
     return ~np.logical_and(np.isfinite(positive), positive > 0).all(axis=1)  # type: ignore[return-value]
-
-
-def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A flat read-only view, so that a kernel compiles once for arrays that can be written and those that cannot."""
-    assert array.flags.c_contiguous, "a kernel takes C-contiguous arrays only"
-    view = array.reshape(-1).view()
-    view.flags.writeable = False
-    return view
-
-
-def _float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
-    """(flat bits, shift): BF16 as uint16 to be shifted left by 16, float32 as int32."""
-    if x.dtype == np.uint16:
-        return _flat(x), 16
-    assert x.dtype == np.float32, f"a kernel takes BF16 bits (uint16) or float32, not {x.dtype}"
-    return _flat(x).view(np.int32), 0
