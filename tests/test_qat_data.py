@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl")
 
 from fp4conv.errors import Fp4convError
-from fp4conv.qat.data import IGNORED, Data, load_data
+from fp4conv.qat.data import IGNORED, Data, held_out, load_data
 from fp4conv.qat.made import Task, tokenizer_for, write_task
 from fp4conv.qat.settings import Settings, settings_from
 
@@ -77,6 +77,29 @@ def test_without_a_test_split_a_share_is_held_out_and_the_same_one_each_time(tmp
     data = load(path, test_size=0.25)
     assert (len(data.train), len(data.test)) == (15, 5)
     assert data == load(path, test_size=0.25)
+
+
+def test_what_is_held_out_can_be_had_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", *[{"prompt": f"a {'b ' * (i % 5)}", "completion": " c"} for i in range(20)])
+    settings = settings_from({"dataset": str(path), "max_length": 32})
+    assert held_out(settings, TOKENIZER) == load_data(settings, TOKENIZER).test
+
+
+def test_texts_are_tokenized_together(tmp_path: Path) -> None:
+    """One by one, a hundred thousand rows take minutes, and a run reads them more than once."""
+    path = write(tmp_path / "d.jsonl", *[{"prompt": f"a {'b ' * i}", "completion": " c"} for i in range(20)])
+    calls = []
+
+    class Counting:
+        eos_token_id = TOKENIZER.eos_token_id
+
+        def __call__(self, texts: list[str], **options: object) -> object:
+            calls.append(len(texts))
+            return TOKENIZER(texts, **options)
+
+    found = load_data(settings_from({"dataset": str(path), "max_length": 32}), Counting())
+    assert found == load(path)
+    assert calls == [18, 1, 2, 1]  # prompts and distinct completions of each split
 
 
 def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM
 
-from fp4conv.qat.data import Data, Example
+from fp4conv.qat.data import Example
 from fp4conv.qat.evaluate import evaluate
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.settings import settings_from
@@ -58,7 +58,7 @@ class Scripted:
 def test_an_answer_is_right_when_every_word_is(said: str, passed: int) -> None:
     test = (example("rule1 3 4", "7 12"), example("9", "1"))
     model = Scripted({"rule1 3 4": said, "9": "1"})
-    score = evaluate(model, TOKENIZER, Data("", test, test), settings_from({"eval_batch_size": 2}))
+    score = evaluate(model, TOKENIZER, test, settings_from({"eval_batch_size": 2}))
     assert (score.passed, score.asked) == (passed, 2)
     assert score.loss == pytest.approx(float(torch.log(torch.tensor(len(TOKENIZER)))))
     assert score.tokens == 5
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_model_itself_one_by_one(tmp_path: Path) -> None
     write_model(folder, Task(rules=2, prime=5))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     examples = tuple(Example(ids, start) for ids, start in (((1, 5, 6, 7, 2), 2), ((1, 8, 2), 0)))
-    score = evaluate(model, TOKENIZER, Data("", examples, examples), settings_from({}))
+    score = evaluate(model, TOKENIZER, examples, settings_from({}))
     total = count = 0.0
     for one in examples:
         with torch.no_grad():

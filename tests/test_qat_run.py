@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,17 @@ def test_other_settings_are_refused_by_name_and_machine_settings_are_not(done: R
     assert result.exit_code == 1
     assert "qat_learning_rate was 0.001, is 0.002" in result.output
     assert CliRunner().invoke(main, [*done.words, "--save-steps", "7"]).exit_code == 0
+
+
+def test_a_log_gets_lines_of_progress_and_quiet_nothing(tmp_path: Path, done: Run) -> None:
+    """Training takes hours, and its output goes to files."""
+    for name in ("model", "data"):
+        (tmp_path / name).symlink_to(done.root / name)
+    words = [*command(tmp_path, format="mxfp4"), "--skip", "evaluate", "--skip", "qat"]
+    told = CliRunner().invoke(main, words).stderr
+    assert re.search(r"^sft: step 1 of [\d,]+, loss \d+\.\d+, \S+ s a step$", told, re.MULTILINE), told
+    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert CliRunner().invoke(main, [*words, "--quiet"]).stderr == ""
 
 
 class Stop(TrainerCallback):  # type: ignore[misc]

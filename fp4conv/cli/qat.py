@@ -82,7 +82,7 @@ def run(
         chosen = {**given, **({} if model is None else {"model": model})}
         click.echo(command.print_config(command.settings_of(chosen, config=config, preset_name=preset_name)), nl=False)
         return
-    tell = (lambda _: None) if quiet else (lambda line: click.echo(line, err=True))
+    tell = None if quiet else lambda line: click.echo(line, err=True)
     report = command.qat(model, config=config, preset_name=preset_name, command=words(), tell=tell, **given)
     if as_json:
         print_json(report.to_json())

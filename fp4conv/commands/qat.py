@@ -32,14 +32,15 @@ def qat(
     """Upcast, fine-tune, calibrate, train with fake quantisers, export and evaluate, into the folder `output`.
 
     `options` are the settings (fp4conv.qat.settings), those of the YAML file `config` and of the preset beneath. A run
-    that was stopped goes on when called again with the same settings. `tell` gets a line at each step. Raises the
-    errors of fp4conv.errors; those of settings, dataset, memory and missing packages before a model is loaded.
+    that was stopped goes on when called again with the same settings. `tell` gets a line at each step, and training
+    shows its progress on standard error; without it nothing is shown. Raises the errors of fp4conv.errors; those of
+    settings, dataset, memory and missing packages before a model is loaded.
     """
     from fp4conv.qat.run import run
 
     words = {**options, **({} if model is None else {"model": str(model)})}
     settings = settings_of(words, config=config, preset_name=preset_name)
-    return run(settings, command or _command_line(words), tell or (lambda _: None))
+    return run(settings, command or _command_line(words), tell)
 
 
 def settings_of(

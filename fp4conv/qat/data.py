@@ -65,14 +65,7 @@ def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBas
     where = settings.dataset
     kind = kind_of(list(train[0]), where)
     _check_template(kind, train[0], tokenizer, where)
-    made = [
-        tuple(
-            _example(kind, row, tokenizer, settings.max_length, f"{where}, row {number}")
-            for number, row in enumerate(split)
-        )
-        for split in (train, test)
-    ]
-    data = Data(kind, made[0], made[1])
+    data = Data(kind, _examples(kind, train, tokenizer, settings), _examples(kind, test, tokenizer, settings))
     if not any(label != IGNORED for example in data.train for label in example.labels):
         raise UsageError(
             f"no example has a token to learn within max_length {settings.max_length}",
@@ -80,6 +73,12 @@ def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBas
             hint="raise --max-length",
         )
     return data
+
+
+def held_out(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Example, ...]:
+    """The `test` examples that `load_data` gives, without the work of tokenizing the others."""
+    train, test = _splits(settings)
+    return _examples(kind_of(list(train[0]), str(settings.dataset)), test, tokenizer, settings)
 
 
 def first_examples(
@@ -90,10 +89,7 @@ def first_examples(
     rows = _training_rows(_read(settings), settings)[:count]
     kind = kind_of(list(rows[0]), where)
     _check_template(kind, rows[0], tokenizer, where)
-    found = (
-        _example(kind, row, tokenizer, settings.max_length, f"{where}, row {number}") for number, row in enumerate(rows)
-    )
-    return tuple(example for example in found if example.ids)
+    return tuple(example for example in _examples(kind, rows, tokenizer, settings) if example.ids)
 
 
 def kind_of(columns: Sequence[str], where: str) -> str:
@@ -221,19 +217,27 @@ def _check_template(
         )
 
 
-def _example(
-    kind: str, row: Mapping[str, object], tokenizer: transformers.PreTrainedTokenizerBase, longest: int, where: str
-) -> Example:
+def _examples(
+    kind: str, rows: Rows, tokenizer: transformers.PreTrainedTokenizerBase, settings: Settings
+) -> tuple[Example, ...]:
+    texts = _Texts(tokenizer, rows)
+    where = settings.dataset
+    return tuple(
+        _example(kind, row, texts, settings.max_length, f"{where}, row {number}") for number, row in enumerate(rows)
+    )
+
+
+def _example(kind: str, row: Mapping[str, object], texts: _Texts, longest: int, where: str) -> Example:
     if missing := [column for column in KINDS[kind] if column not in row]:
         raise UsageError(f"has no {missing[0]}, which other rows have", where=where)
     if kind == "messages":
-        return Example(_chat(tokenizer, row["messages"], where)[:longest], 0)
+        return Example(_chat(texts.tokenizer, row["messages"], where)[:longest], 0)
     if kind == "text":
-        return Example(_text(tokenizer, _words(row["text"], "text", where), end=True)[:longest], 0)
+        return Example(texts.ids(_words(row["text"], "text", where), end=True)[:longest], 0)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        start = _chat(tokenizer, prompt, where, generate=True)
-        whole = _chat(tokenizer, [*prompt, *completion], where)
+        start = _chat(texts.tokenizer, prompt, where, generate=True)
+        whole = _chat(texts.tokenizer, [*prompt, *completion], where)
         if whole[: len(start)] != start:
             raise UsageError(
                 "the chat template renders the prompt otherwise alone than with its completion",
@@ -242,8 +246,8 @@ def _example(
             )
         answer = str(completion[-1].get("content", "")) if completion and isinstance(completion[-1], dict) else None
         return Example(whole[:longest], min(len(start), longest), answer)
-    begin = _text(tokenizer, _words(prompt, "prompt", where))
-    ids = begin + _text(tokenizer, _words(completion, "completion", where), start=False, end=True)
+    begin = texts.ids(_words(prompt, "prompt", where))
+    ids = begin + texts.ids(_words(completion, "completion", where), start=False, end=True)
     return Example(ids[:longest], min(len(begin), longest), str(completion))
 
 
@@ -253,14 +257,28 @@ def _words(value: object, column: str, where: str) -> str:
     raise UsageError(f"{column} is {type(value).__name__}, expected text", where=where)
 
 
-def _text(
-    tokenizer: transformers.PreTrainedTokenizerBase, text: str, *, start: bool = True, end: bool = False
-) -> tuple[int, ...]:
-    """Token ids of `text`; with the special tokens that the tokenizer starts a text with, and the end of text."""
-    ids = list(tokenizer(text, add_special_tokens=start)["input_ids"])
-    if end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(ids)
+class _Texts:
+    """Token ids of the texts in rows, made in one call a column: many times faster than row by row."""
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, rows: Rows) -> None:
+        self.tokenizer = tokenizer
+        self._begun = self._of(rows, ("prompt", "text"), special=True)
+        self._going_on = self._of(rows, ("completion",), special=False)
+
+    def _of(self, rows: Rows, columns: Sequence[str], *, special: bool) -> Mapping[str, list[int]]:
+        values = (row.get(column) for row in rows for column in columns)
+        texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
+        if not texts:
+            return {}
+        return dict(zip(texts, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True))
+
+    def ids(self, text: str, *, start: bool = True, end: bool = False) -> tuple[int, ...]:
+        """Those of one text; with the special tokens that the tokenizer starts a text with, and the end of text."""
+        ids = list((self._begun if start else self._going_on)[text])
+        last = self.tokenizer.eos_token_id
+        if end and last is not None and ids[-1:] != [last]:
+            ids.append(last)
+        return tuple(ids)
 
 
 def _chat(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4conv.qat.data import IGNORED, Data, Example
+from fp4conv.qat.data import IGNORED, Example
 
 if TYPE_CHECKING:
     import transformers
@@ -33,14 +33,14 @@ class Score:
 def evaluate(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    data: Data,
+    test: Sequence[Example],
     settings: Settings,
 ) -> Score:
-    """Loss over the labels of `data.test`, and answers where there are any. Leaves `model` in evaluation mode."""
+    """Loss over the labels of `test`, and answers where there are any. Leaves `model` in evaluation mode."""
     model.eval()
-    asked = [example for example in data.test if example.answer is not None]
+    asked = [example for example in test if example.answer is not None]
     with torch.inference_mode():
-        loss, tokens = _held_out_loss(model, tokenizer, data, settings)
+        loss, tokens = _held_out_loss(model, tokenizer, test, settings)
         if not asked:
             return Score(loss, tokens)
         passed = sum(_right(model, tokenizer, some, settings) for some in _chunks(asked, settings.eval_batch_size))
@@ -50,11 +50,11 @@ def evaluate(
 def _held_out_loss(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    data: Data,
+    test: Sequence[Example],
     settings: Settings,
 ) -> tuple[float, int]:
     total, count = 0.0, 0
-    for batch in batches(data.test, settings.eval_batch_size, tokenizer.pad_token_id, model.device):
+    for batch in batches(test, settings.eval_batch_size, tokenizer.pad_token_id, model.device):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
         labels = batch["labels"][:, 1:].flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum")

@@ -1,7 +1,9 @@
-"""Training's progress: one bar on standard error, with the loss. Silent where that is no terminal."""
+"""Training's progress on standard error: a bar with the loss; where that is no terminal, a line now and then."""
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -9,6 +11,8 @@ from transformers import TrainerCallback
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+_LINE_EVERY = 30.0  # seconds
 
 
 class _Bar(TrainerCallback):
@@ -20,9 +24,7 @@ class _Bar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self._name, unit="step", disable=None
-            )
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._name, unit="step")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._bar is not None:
@@ -44,5 +46,41 @@ class _Bar(TrainerCallback):
             self._bar.close()
 
 
+class _Lines(TrainerCallback):
+    """For a log file: 'sft: step 250 of 1,500, loss 0.412, 0.06 s a step'."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._told = float("-inf")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self._from = (state.global_step, time.monotonic())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        now = time.monotonic()
+        last = state.global_step == state.max_steps
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        if now - self._told < _LINE_EVERY and not last:
+            return
+        self._told = now
+        step, started = self._from
+        pace = (now - started) / max(1, state.global_step - step)
+        words = (
+            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {pace:.2g} s a step"
+        )
+        sys.stderr.write(f"{self._name}: {words}\n")
+        sys.stderr.flush()
+
+
 def progress(name: str) -> TrainerCallback:
-    return _Bar(name)
+    return _Bar(name) if sys.stderr.isatty() else _Lines(name)

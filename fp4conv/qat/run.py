@@ -33,8 +33,11 @@ _NEEDED = ("torch", "transformers", "accelerate", "datasets", "trl")
 Tell = Callable[[str], None]
 
 
-def run(settings: Settings, command: str, tell: Tell) -> Report:
-    """Everything, from where it stopped. `tell` gets a line at each step. Raises the errors of fp4conv.errors."""
+def run(settings: Settings, command: str, tell: Tell | None) -> Report:
+    """Everything, from where it stopped. `tell` gets a line at each step; None: show nothing.
+
+    Raises the errors of fp4conv.errors.
+    """
     check_words(settings)
     check_packages(settings)
     # Past the checks, so that what is missing is named.

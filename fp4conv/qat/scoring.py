@@ -19,7 +19,7 @@ from fp4conv.families import Role
 from fp4conv.formats import BLOCK_FORMATS, MXFP4
 from fp4conv.model import JSON
 from fp4conv.qat.checks import check_exported
-from fp4conv.qat.data import load_data
+from fp4conv.qat.data import held_out
 from fp4conv.qat.evaluate import Score, batches, evaluate
 from fp4conv.qat.models import free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of
@@ -174,7 +174,7 @@ class Scoring:
 
     def _evaluate(self, model: transformers.PreTrainedModel) -> Score:
         tokenizer = load_tokenizer(self.tuned)
-        score = evaluate(model, tokenizer, load_data(self.settings, tokenizer), self.settings)
+        score = evaluate(model, tokenizer, held_out(self.settings, tokenizer), self.settings)
         del model
         free()
         return score
@@ -182,7 +182,7 @@ class Scoring:
     def _logits(self, model: transformers.PreTrainedModel) -> torch.Tensor:
         """Logits of the first held-out batch, [B, T, V], on the processor."""
         tokenizer = load_tokenizer(self.tuned)
-        test = load_data(self.settings, tokenizer).test[: self.settings.eval_batch_size]
+        test = held_out(self.settings, tokenizer)[: self.settings.eval_batch_size]
         batch = next(batches(test, self.settings.eval_batch_size, tokenizer.pad_token_id, model.device))
         with torch.inference_mode():
             out = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

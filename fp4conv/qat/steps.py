@@ -86,8 +86,8 @@ def upcast(source: str | Path, places: Places, settings: Settings) -> None:
     )
 
 
-def sft(source: Path, places: Places, settings: Settings) -> Trained:
-    trained = launch.run(Job("sft", str(source), str(places.sft)), settings)
+def sft(source: Path, places: Places, settings: Settings, *, quiet: bool = False) -> Trained:
+    trained = launch.run(Job("sft", str(source), str(places.sft), quiet=quiet), settings)
     _keep(source, places.sft, settings)
     return trained
 
@@ -133,8 +133,8 @@ def _calibration(source: Path, settings: Settings) -> Iterator[Batch]:
         yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-def qat(source: Path, places: Places, settings: Settings) -> Trained:
-    trained = launch.run(Job("qat", str(source), str(places.qat), str(places.quantizers)), settings)
+def qat(source: Path, places: Places, settings: Settings, *, quiet: bool = False) -> Trained:
+    trained = launch.run(Job("qat", str(source), str(places.qat), str(places.quantizers), quiet), settings)
     _keep(source, places.qat, settings)
     return trained
 

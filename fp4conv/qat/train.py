@@ -37,12 +37,14 @@ class Job:
     """A run of kind 'sft' or 'qat' from the dense model in `source` into the folder `out`.
 
     `quantizers`: the folder that a backend saved its calibrated quantisers in; None: train without any.
+    `quiet`: show no progress.
     """
 
     kind: str
     source: str
     out: str
     quantizers: str | None = None
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def _trainer(
         model=model, args=_arguments(job, settings), train_dataset=rows, processing_class=tokenizer
     )
     made.remove_callback(PrinterCallback)
-    made.add_callback(progress(job.kind))
+    if not job.quiet:
+        made.add_callback(progress(job.kind))
     return made
 
 

@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 
 
 class Work:
-    """One run in settings.output. `tell` gets a line at each step.
+    """One run in settings.output. `tell` gets a line at each step; None: show nothing.
 
     `pins`: repository@revision -> commit of a model on the Hub, which an earlier run has begun with; added when found.
     """
 
-    def __init__(self, settings: Settings, tell: Callable[[str], None], pins: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, tell: Callable[[str], None] | None, pins: Mapping[str, str]) -> None:
         self.pins = dict(pins)
         self._settings = settings
-        self._tell = tell
+        self._quiet = tell is None
+        self._tell = tell or (lambda _: None)
         self._places = steps.Places(Path(str(settings.output)))
 
     def check(self) -> None:
@@ -79,7 +80,9 @@ class Work:
             steps.check_model(base, settings)
         tuned = base
         if "sft" not in settings.skip:
-            facts = self._once(done, "sft", "fine-tuning", lambda: asdict(steps.sft(base, places, settings)))
+            facts = self._once(
+                done, "sft", "fine-tuning", lambda: asdict(steps.sft(base, places, settings, quiet=self._quiet))
+            )
             curves["sft"], tuned = _trained(facts), places.sft / "model"
         quantised = self._once(
             done, "calibrate", "putting fake quantisers on", lambda: asdict(steps.calibrate(tuned, places, settings))
@@ -87,7 +90,9 @@ class Work:
         names = tuple(str(name) for name in cast("list[JSON]", quantised["names"]))
         last = tuned
         if "qat" not in settings.skip:
-            facts = self._once(done, "qat", "training them on", lambda: asdict(steps.qat(tuned, places, settings)))
+            facts = self._once(
+                done, "qat", "training them on", lambda: asdict(steps.qat(tuned, places, settings, quiet=self._quiet))
+            )
             curves["qat"], last = _trained(facts), places.qat / "model"
         scoring = Scoring(base, tuned, places, settings, names)
         comparison: Mapping[str, JSON] | None = None
