@@ -110,11 +110,9 @@ def training_bytes(parameters: int, settings: Settings) -> int:
 
     Activations come on top, and depend on max_length and batch_size.
     """
-    width = 2 if settings.dtype == "bfloat16" else 4
     if settings.lora:
-        return parameters * width
-    sharded = settings.gpus > 1 and settings.dtype == "bfloat16"  # optimizer and masters in F32 then
-    return parameters * (16 if sharded else 4 * width)
+        return parameters * (2 if settings.dtype == "bfloat16" else 4)
+    return parameters * 16  # BF16: weight and gradient, and the optimizer's three in float32; float32: all four
 
 
 def check_memory(model: Model, settings: Settings) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp4conv.qat.adamw import Float32AdamW
 from fp4conv.qat.adapters import with_adapters
 from fp4conv.qat.data import Data, load_data
 from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
@@ -102,13 +103,28 @@ def _trainer(
     rows = datasets.Dataset.from_dict(
         {"input_ids": [list(e.ids) for e in data.train], "labels": [e.labels for e in data.train]}
     )
+    arguments = _arguments(job, settings)
     made: transformers.Trainer = trainer(
-        model=model, args=_arguments(job, settings), train_dataset=rows, processing_class=tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=_optimizer(arguments, settings),
     )
     made.remove_callback(PrinterCallback)
     if not job.quiet:
         made.add_callback(progress(job.kind))
     return made
+
+
+def _optimizer(
+    arguments: SFTConfig, settings: Settings
+) -> tuple[type[torch.optim.Optimizer], dict[str, object]] | None:
+    """None: transformers' own AdamW, whose steps BF16 parameters of a lone process would lose."""
+    if distributed() or settings.dtype != "bfloat16":
+        return None
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return Float32AdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 def transformers_seed(seed: int) -> None:

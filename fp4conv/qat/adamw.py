@@ -1,0 +1,66 @@
+"""AdamW for models in BF16: steps are added up in float32, and the model has their sum rounded to BF16.
+
+BF16 has eight bits of mantissa. A step of 1e-5 on a weight of 0.02 is less than half its last place, so it would round
+to nothing, and so would all that follow: at the learning rates of QAT three quarters of a model would stay as they
+were. Several processes need none of this, for FSDP2 and ZeRO-3 keep float32 copies themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import torch
+
+
+class Float32AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's arithmetic on a float32 copy of each parameter, which is rounded into the parameter.
+
+    Keeps 12 bytes a value beside the parameter and its gradient: the copy, and the two averages of Adam.
+    """
+
+    def __init__(
+        self,
+        params: torch.optim.optimizer.ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step. Takes no closure: nothing here evaluates the loss again."""
+        assert closure is None, "the trainer gives none"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, group)
+
+    def _step(self, parameter: torch.Tensor, group: Mapping[str, object]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exact"] = parameter.detach().to(torch.float32, copy=True)
+            state["mean"] = torch.zeros_like(state["exact"])
+            state["square"] = torch.zeros_like(state["exact"])
+        state["step"] += 1
+        grad = parameter.grad.to(torch.float32)  # type: ignore[union-attr]  # looked at by `step`
+        beta1, beta2 = group["betas"]  # type: ignore[misc]
+        rate, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))  # type: ignore[arg-type]
+        state["mean"].lerp_(grad, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        size = (state["square"].sqrt() / sqrt(1 - beta2 ** state["step"])).add_(eps)
+        state["exact"].mul_(1 - rate * decay).addcdiv_(state["mean"], size, value=-rate / (1 - beta1 ** state["step"]))
+        parameter.copy_(state["exact"])
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:  # type: ignore[override]
+        """As saved: torch's own would round the float32 state to the dtype of the parameters."""
+        super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        numbers = [number for group in groups for number in group["params"]]  # type: ignore[attr-defined]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in saved.get(number, {}).items():  # type: ignore[attr-defined]
+                self.state[parameter][name] = value.to(parameter.device, copy=True) if torch.is_tensor(value) else value
