@@ -249,6 +249,14 @@ def test_quantisers_that_no_export_can_repeat(reference: Reference, recipe: Reci
 
 
 @pytest.mark.usefixtures("kernels_on_cpu")
+def test_a_recipe_that_quantises_the_output_head(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"quantizer_name": "*lm_head.weight_quantizer", "cfg": modelopt_backend._entry("", "nvfp4")["cfg"]}
+    monkeypatch.setattr(modelopt_backend, "entries_of", lambda _: [entry])
+    with pytest.raises(PlanError, match="the loss multiplies by its weight itself"):
+        open_backend("modelopt").prepare(load(reference("llama-bf16")), Recipe("nvfp4", "any"))
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
 def test_modules_can_be_left_out_of_a_recipe(reference: Reference, tmp_path: Path) -> None:
     recipe = Recipe("nvfp4", "NVFP4_DEFAULT_CFG", exclude=("*o_proj", "model.layers.0.mlp.experts.*"))
     states = [
@@ -329,6 +337,7 @@ def test_recipes_that_are_refused_before_a_model_is_loaded(recipe: Recipe, match
     [
         (Recipe("mxfp4", include=("*nothing*",)), UsageError, "matches no module"),
         (Recipe("mxfp4", exclude=("*k_proj",)), PlanError, "servers fuse"),
+        (Recipe("mxfp4", include=("lm_head",)), PlanError, r"lm_head[^$]*the loss multiplies by its weight itself"),
         (Recipe("mxfp4", exclude=("*",)), PlanError, "nothing to quantise"),
     ],
 )

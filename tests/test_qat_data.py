@@ -102,6 +102,25 @@ def test_texts_are_tokenized_together(tmp_path: Path) -> None:
     assert calls == [18, 1, 2, 1]  # prompts and distinct completions of each split
 
 
+def test_another_seed_of_training_holds_out_the_same_rows(tmp_path: Path) -> None:
+    """Else a run that trains on from another's model would be judged by rows that this one had in training."""
+    path = write(
+        tmp_path / "d.jsonl", *[{"text": " ".join(f"{i:06b}".replace("0", "a").replace("1", "b"))} for i in range(40)]
+    )
+    data = load(path, seed=1)
+    assert data == load(path, seed=2)
+    assert data.repeated == 0
+    assert set(data.test) & set(data.train) == set()
+
+
+def test_held_out_rows_that_are_in_training_too_are_counted(tmp_path: Path) -> None:
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    write(folder / "train.jsonl", {"text": "a"}, {"text": "b"})
+    write(folder / "test.jsonl", {"text": "b"}, {"text": "c"}, {"text": "b"})
+    assert load(folder).repeated == 2
+
+
 def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *[{"prompt": "a b c d", "completion": " e"}] * 4)
     assert len(load(path, max_length=6).train[0].ids) == 6
@@ -116,7 +135,7 @@ def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path:
         ([{"prompt": "a"}] * 3, "has the columns prompt"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "has no chat template"),
         ([{"text": 7}] * 3, "row 0: text is int, expected text"),
-        ([{"text": "a"}, {"words": "a"}, {"text": "a"}], "row [01]: has no text, which other rows have"),
+        ([{"text": "a"}, {"words": "a"}, *[{"text": "a"}] * 2], r"row \d: has no text, which other rows have"),
         ([{"text": "a"}], "nothing is left to hold out"),
         ([], "has no rows"),
     ],

@@ -7,10 +7,10 @@ were. Several processes need none of this, for FSDP2 and ZeRO-3 keep float32 cop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import sqrt
 
 import torch
+from torch.optim.optimizer import ParamsT, StateDict
 
 
 class Float32AdamW(torch.optim.Optimizer):
@@ -21,7 +21,7 @@ class Float32AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: torch.optim.optimizer.ParamsT,
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -30,15 +30,15 @@ class Float32AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Take a step. Takes no closure: nothing here evaluates the loss again."""
         assert closure is None, "the trainer gives none"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group)
+                    self._step(parameter, group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
-    def _step(self, parameter: torch.Tensor, group: Mapping[str, object]) -> None:
+    def _step(self, parameter: torch.Tensor, rate: float, betas: tuple[float, float], eps: float, decay: float) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -46,21 +46,21 @@ class Float32AdamW(torch.optim.Optimizer):
             state["mean"] = torch.zeros_like(state["exact"])
             state["square"] = torch.zeros_like(state["exact"])
         state["step"] += 1
-        grad = parameter.grad.to(torch.float32)  # type: ignore[union-attr]  # looked at by `step`
-        beta1, beta2 = group["betas"]  # type: ignore[misc]
-        rate, eps, decay = (float(group[name]) for name in ("lr", "eps", "weight_decay"))  # type: ignore[arg-type]
-        state["mean"].lerp_(grad, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        size = (state["square"].sqrt() / sqrt(1 - beta2 ** state["step"])).add_(eps)
-        state["exact"].mul_(1 - rate * decay).addcdiv_(state["mean"], size, value=-rate / (1 - beta1 ** state["step"]))
+        assert parameter.grad is not None, "step has looked"
+        grad = parameter.grad.to(torch.float32)
+        state["mean"].lerp_(grad, 1 - betas[0])
+        state["square"].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+        size = (state["square"].sqrt() / sqrt(1 - betas[1] ** state["step"])).add_(eps)
+        change = -rate / (1 - betas[0] ** state["step"])
+        state["exact"].mul_(1 - rate * decay).addcdiv_(state["mean"], size, value=change)
         parameter.copy_(state["exact"])
 
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """As saved: torch's own would round the float32 state to the dtype of the parameters."""
-        super().load_state_dict(state_dict)  # type: ignore[arg-type]
+        super().load_state_dict(state_dict)
         groups, saved = state_dict["param_groups"], state_dict["state"]
-        numbers = [number for group in groups for number in group["params"]]  # type: ignore[attr-defined]
+        numbers = [number for group in groups for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in saved.get(number, {}).items():  # type: ignore[attr-defined]
+            for name, value in saved.get(number, {}).items():
                 self.state[parameter][name] = value.to(parameter.device, copy=True) if torch.is_tensor(value) else value

@@ -58,12 +58,13 @@ def _looked_at(model: torch.nn.Module) -> list[Target]:
 
 
 def one_by_one(
-    texts: Sequence[Sequence[int]], device: torch.device, tell: Callable[[int, int], None]
+    texts: Sequence[Sequence[int]], device: torch.device, tell: Callable[[int, int], None] | None = None
 ) -> Iterator[Batch]:
     """A batch for each list of token ids, for padding would be looked at too; `tell(done, of)` after each."""
     for number, ids in enumerate(texts, 1):
         yield {"input_ids": torch.tensor([list(ids)], device=device)}
-        tell(number, len(texts))
+        if tell is not None:
+            tell(number, len(texts))
 
 
 class _Caches:

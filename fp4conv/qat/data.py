@@ -28,6 +28,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 IGNORED = -100  # the label of a token that the loss leaves out
 SUFFIXES = (".jsonl", ".parquet")
+# Not the seed of training: a run that goes on from another's model must not be judged by what that one has seen.
+_HELD_OUT_SEED = 0
 
 Rows: TypeAlias = Sequence[Mapping[str, object]]
 
@@ -52,6 +54,12 @@ class Data:
     kind: str
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+
+    @property
+    def repeated(self) -> int:
+        """How many of `test` are in `train` too, token for token."""
+        known = {example.ids for example in self.train}
+        return sum(example.ids in known for example in self.test)
 
     @property
     def has_answers(self) -> bool:
@@ -115,7 +123,7 @@ def _splits(settings: Settings) -> tuple[Rows, Rows]:
     if len(train) < 2:
         raise UsageError("has one row: nothing is left to hold out", where=where)
     order = list(range(len(train)))
-    random.Random(settings.seed).shuffle(order)
+    random.Random(_HELD_OUT_SEED).shuffle(order)
     count = min(max(1, round(len(train) * settings.test_size)), len(train) - 1)
     return [train[i] for i in sorted(order[count:])], [train[i] for i in order[:count]][: settings.eval_samples]
 

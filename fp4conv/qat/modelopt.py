@@ -24,7 +24,16 @@ from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
 from fp4conv.qat.modelopt_recipes import SCALE_BITS, Config, entries_of
 from fp4conv.qat.recipes import check_format
 from fp4conv.qat.state import Amax, read_state, write_state
-from fp4conv.qat.targets import Target, all_targets, canonical, check_sets, choose, input_set_of, weight_set_of
+from fp4conv.qat.targets import (
+    Target,
+    all_targets,
+    canonical,
+    check_no_head,
+    check_sets,
+    choose,
+    input_set_of,
+    weight_set_of,
+)
 
 _OFF: Config = {"quantizer_name": "*", "enable": False}
 _ELSEWHERE = "train with --backend fp4conv, which has the same arithmetic and runs anywhere"
@@ -88,6 +97,7 @@ class ModelOptBackend:
         block = BLOCK_FORMATS[recipe.format_name]
         chosen = list(_held(model, "weight"))
         check_sets([target for target, _ in chosen], all_targets(model))
+        check_no_head(target for target, _ in chosen)
         for name, quantizer in _kv_quantizers(model):
             if quantizer.num_bits != (4, 3) or quantizer.block_sizes:
                 raise PlanError(

@@ -18,9 +18,9 @@ from fp4conv.model import Stored
 from fp4conv.qat import launch
 from fp4conv.qat.adapters import targets_of
 from fp4conv.qat.backend import Batch
+from fp4conv.qat.calibrating import one_by_one
 from fp4conv.qat.checks import check_forward, check_saved, check_shared
 from fp4conv.qat.data import load_data
-from fp4conv.qat.evaluate import batches
 from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.targets import choose
@@ -126,11 +126,9 @@ def calibrate(source: Path, places: Places, settings: Settings) -> Calibrated:
 
 
 def _calibration(source: Path, settings: Settings) -> Iterator[Batch]:
-    """The first `calib_samples` training examples, as batches on the model's device."""
-    tokenizer = load_tokenizer(source)
-    examples = load_data(settings, tokenizer).train[: settings.calib_samples]
-    for batch in batches(examples, settings.eval_batch_size, tokenizer.pad_token_id, device()):
-        yield {name: batch[name] for name in ("input_ids", "attention_mask")}
+    """The first `calib_samples` training examples, on the model's device."""
+    examples = load_data(settings, load_tokenizer(source)).train[: settings.calib_samples]
+    return one_by_one([example.ids for example in examples if example.ids], device())
 
 
 def qat(source: Path, places: Places, settings: Settings, *, quiet: bool = False) -> Trained:

@@ -66,7 +66,7 @@ def choose(model: torch.nn.Module, recipe: Recipe) -> list[Target]:
     """The weights of `model` that `recipe` quantises, in the model's order.
 
     Raises UsageError for a glob that matches nothing; PlanError where nothing is found, where a weight's length is no
-    multiple of the block, and where a set that servers fuse would be quantised in part.
+    multiple of the block, where a set that servers fuse would be quantised in part, and for the output head.
     """
     family = _family(model)
     candidates = all_targets(model)
@@ -92,6 +92,7 @@ def choose(model: torch.nn.Module, recipe: Recipe) -> list[Target]:
                 hint="leave it out with --exclude 'GLOB'",
             )
     check_sets(chosen, candidates)
+    check_no_head(chosen)
     return chosen
 
 
@@ -147,6 +148,17 @@ def check_sets(chosen: Iterable[Target], candidates: Iterable[Target]) -> None:
                 f"servers fuse {key}, so its members must be quantised all or none; {target.name} would stay dense",
                 where=others[0],
                 hint="widen or narrow --include/--exclude to the whole set",
+            )
+
+
+def check_no_head(chosen: Iterable[Target]) -> None:
+    """PlanError where the output head would be quantised: trl's loss takes its weight past the head's forward pass."""
+    for target in chosen:
+        if role_of(target.name) is Role.HEAD:
+            raise PlanError(
+                "the loss multiplies by its weight itself, so that training would not see it quantised",
+                where=target.weight,
+                hint=f"leave it out of training: --exclude '{target.name}', or no --include that matches it",
             )
 
 

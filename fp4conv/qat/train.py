@@ -151,7 +151,7 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        # BF16 masters compute in BF16 without autocast; several processes keep F32 masters, as does float32.
+        # A BF16 model in one process computes in BF16 without autocast; float32 copies need it.
         bf16=cuda and (settings.dtype == "float32" or distributed()),
         use_cpu=not cuda,
         **_checkpointing(settings),
