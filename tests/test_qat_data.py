@@ -134,8 +134,8 @@ def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path:
         ([{"question": "a", "answer": "b"}] * 3, r"has the columns question, answer; expected messages; or prompt and"),
         ([{"prompt": "a"}] * 3, "has the columns prompt"),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 3, "has no chat template"),
-        ([{"text": 7}] * 3, "row 0: text is int, expected text"),
-        ([{"text": "a"}, {"words": "a"}, *[{"text": "a"}] * 2], r"row \d: has no text, which other rows have"),
+        ([{"text": 7}] * 3, "d.jsonl, line [123]: text is int, expected text"),
+        ([{"text": "a"}, {"words": "a"}, *[{"text": "a"}] * 2], "d.jsonl, line 2: has no text, which other rows have"),
         ([{"text": "a"}], "nothing is left to hold out"),
         ([], "has no rows"),
     ],
@@ -157,6 +157,12 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "torn.parquet")
     with pytest.raises(Fp4convError, match="there is no such file or folder"):
         load(tmp_path / "none.jsonl")
+    for name, hint in (("d.jsonl.gz", "gunzip"), ("d.json", r"name it \.jsonl"), ("d.csv", r"write a \.jsonl file")):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(Fp4convError, match=hint):
+            load(tmp_path / name)
+    with pytest.raises(Fp4convError, match="--subset b is that of a dataset of the Hub"):
+        load(write(tmp_path / "d.jsonl", {"text": "a"}), subset="b")
     with pytest.raises(Fp4convError, match=r"has no split 'training'; it has test, train\n  --train-split train"):
         load(_folder(tmp_path), train_split="training")
 
@@ -184,6 +190,66 @@ def test_a_dataset_of_the_hub_is_read_by_its_splits(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(Fp4convError, match="cannot be had from the Hub: ConnectionError: no network"):
         load(Path("org/name"))
+
+
+def test_a_split_in_several_files_is_read_whole(tmp_path: Path) -> None:
+    """Named as the Hub names them; where one is missing, that is said."""
+    for number, words in enumerate(("a", "b", "c")):
+        write(tmp_path / f"train-0000{number}-of-00003.jsonl", {"text": words}, {"text": words})
+    write(tmp_path / "test-00000-of-00001.jsonl", {"text": "d"})
+    data = load(tmp_path)
+    assert [example.ids for example in data.train] == [ids(f"<s> {word} </s>") for word in "aabbcc"]
+    assert [example.ids for example in data.test] == [ids("<s> d </s>")]
+    (tmp_path / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(Fp4convError, match="has 2 of the 3 files of split train"):
+        load(tmp_path)
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    with pytest.raises(Fp4convError, match="two files of one name for split train"):
+        load(tmp_path)
+
+
+def test_a_folder_of_held_out_rows_alone_is_not_trained_on(tmp_path: Path) -> None:
+    write(tmp_path / "test.jsonl", *[{"text": "a"}] * 3)
+    with pytest.raises(Fp4convError, match="has no split 'train'; it has test"):
+        load(tmp_path)
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "data").mkdir()
+    write(tmp_path / "outer" / "data" / "train.jsonl", *[{"text": "a"}] * 3)
+    with pytest.raises(Fp4convError, match=r"give the folder .*outer/data"):
+        load(tmp_path / "outer")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n' * 3)
+    assert load(tmp_path / "d.jsonl").train[0].ids == ids("<s> a </s>")
+
+
+def test_what_is_cut_or_left_out_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": "a b", "completion": " c"}] * 8
+    long = [{"prompt": "a b", "completion": " c d e f g h"}, {"prompt": " ".join("abcdefgh"), "completion": " c"}]
+    write(tmp_path / "train.jsonl", *rows, *long, {"prompt": "a", "completion": ""})
+    write(tmp_path / "test.jsonl", *rows, *long)
+    data = load(tmp_path, max_length=6, max_new_tokens=1)
+    assert (len(data.train), len(data.test)) == (9, 9)
+    assert [example.answer for example in data.test] == [" c"] * 8 + [None], "half an answer cannot be given right"
+    cut, left, answers = data.notes
+    assert cut.startswith("examples longer than max_length 6, which are cut: 4")
+    assert left == "examples without a token to learn, which are left out: 3"
+    assert answers.startswith("answers of more than 1 tokens")
+    assert answers.endswith("8 (--max-new-tokens)")
+    assert not load(tmp_path / "test.jsonl").notes
+
+
+def test_a_split_that_is_not_read_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", *[{"text": "a"}] * 3)
+    write(tmp_path / "validation.jsonl", *[{"text": "b"}] * 3)
+    assert "--test-split validation" in load(tmp_path).notes[0]
+    assert load(tmp_path, test_split="validation").notes == ()
+
+
+def test_rows_of_nothing_but_empty_texts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Fp4convError, match="no example has a token to learn"):
+        load(write(tmp_path / "d.jsonl", *[{"text": ""}] * 9))
 
 
 def _folder(tmp_path: Path) -> Path:

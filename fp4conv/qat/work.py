@@ -66,6 +66,8 @@ class Work:
         data = load_data(settings, load_tokenizer(self._source))
         answers = "" if data.has_answers else ", no answers (only prompt/completion rows have them)"
         self._tell(f"{len(data.train):,} examples to train on, {len(data.test):,} held out; {data.kind}{answers}")
+        for note in data.notes:
+            self._tell(f"note: {note}")
         if data.repeated:
             self._tell(f"warning: {data.repeated:,} held-out examples are among those to train on too")
         self._upcasts = steps.needs_upcast(model, settings)
