@@ -57,20 +57,6 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.fixture
-def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModelOpt's CUDA entry by fp4conv's arithmetic."""
-    tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
-
-    def op(x: torch.Tensor, block: int, amax: torch.Tensor | None, *_: int) -> torch.Tensor:
-        return fake_quantise(
-            x, "mxfp4" if amax is None else "nvfp4", None if amax is None else amax.float().reshape(())
-        )
-
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", op)
-    monkeypatch.setattr(modelopt_backend, "missing_kernels", lambda: None)
-
-
 def prepared(backend: Backend, model: torch.nn.Module, recipe: Recipe) -> torch.nn.Module:
     backend.check(recipe)
     backend.prepare(model, recipe)

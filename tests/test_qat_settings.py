@@ -72,7 +72,6 @@ def test_the_published_learning_rates_are_the_defaults() -> None:
 def test_every_preset_is_valid(name: str) -> None:
     made = settings_of({}, preset_name=name)
     assert made.format in {"mxfp4", "nvfp4"}
-    assert not (made.lora and made.backend == "modelopt")  # which is refused
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import Field, fields
 from typing import TypeVar, Union, get_args, get_origin
 
@@ -83,7 +85,8 @@ def run(
         click.echo(command.print_config(command.settings_of(chosen, config=config, preset_name=preset_name)), nl=False)
         return
     tell = None if quiet else lambda line: click.echo(line, err=True)
-    report = command.qat(model, config=config, preset_name=preset_name, command=words(), tell=tell, **given)
+    with redirect_stdout(sys.stderr):  # libraries print what they do
+        report = command.qat(model, config=config, preset_name=preset_name, command=words(), tell=tell, **given)
     if as_json:
         print_json(report.to_json())
         return

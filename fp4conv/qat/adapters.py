@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,7 +80,10 @@ def with_adapters(model: torch.nn.Module, settings: Settings, quantized: Collect
         target_parameters=list(targets.parameters) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    # By this the trainer goes on from a checkpoint, with factors in F32 were it not told.
+    adapted.load_adapter = partial(adapted.load_adapter, autocast_adapter_dtype=False)
+    return adapted
 
 
 def _in_layers(name: str, settings: Settings) -> bool:

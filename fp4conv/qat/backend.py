@@ -65,7 +65,7 @@ class Backend(Protocol):
         """Whether `recipe` needs `calibrate` before training (NVFP4: tensor scales), rather than nothing (MXFP4)."""
 
     def prepare(self, model: torch.nn.Module, recipe: Recipe) -> None:
-        """Put fake quantisers on `model`. A model whose weights are parametrised (adapters) is quantised after them."""
+        """Put fake quantisers on `model`. Adapters go on later, and then `see_adapters` is called."""
 
     def calibrate(self, model: torch.nn.Module, batches: Iterable[Batch]) -> None:
         """Set the amax of weights, and of inputs from forward passes over `batches`; share it in sets; freeze it."""
@@ -75,6 +75,9 @@ class Backend(Protocol):
 
     def load(self, model: torch.nn.Module, folder: Path) -> None:
         """Put on a plain `model` the quantisers that `save` wrote, amax and all: in place of prepare and calibrate."""
+
+    def see_adapters(self, model: torch.nn.Module) -> None:
+        """Have `model`, which got adapters after its quantisers, quantise a weight with what adapters add to it."""
 
     def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
         """Switch the input quantisers of `model` off or on again; weights stay quantised."""

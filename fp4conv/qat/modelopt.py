@@ -1,8 +1,9 @@
 """`--backend modelopt`: the fake quantisers of ModelOpt, whose MXFP4 and NVFP4 are CUDA kernels.
 
 What they freeze is written in fp4conv's own files (`training_state`), which need no pickle to be read. Their buffers
-are kept out of the state_dict: transformers takes those of experts for experts, and cannot save them. ModelOpt's
-classes are met here and nowhere else.
+are kept out of the state_dict: transformers takes those of experts for experts, and cannot save them. No state of
+ModelOpt's own stays on a model: its hooks would pickle it beside every checkpoint, and stop at a model with adapters,
+through which they see the same state twice. ModelOpt's classes are met here and nowhere else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from fp4conv.model import FP8
 from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
+from fp4conv.qat.modelopt_adapters import see_adapters
 from fp4conv.qat.modelopt_recipes import SCALE_BITS, Config, entries_of
+from fp4conv.qat.modelopt_trainer import trainer_class
 from fp4conv.qat.recipes import check_format
 from fp4conv.qat.state import Amax, read_state, write_state
 from fp4conv.qat.targets import (
@@ -129,6 +132,7 @@ class ModelOptBackend:
 
         with torch.no_grad():
             mtq.calibrate(model, "max", forward)
+        _forget_state(model)
         weights = [held for _, held in _held(model, "weight")]
         share((held for held in weights if _format_of(held.quantizer) is NVFP4), weight_set_of)
         inputs = [held for _, held in _held(model, "input")]
@@ -183,10 +187,10 @@ class ModelOptBackend:
         _switch((held for _, held in _held(model, "weight")), enabled)
 
     def trainer(self) -> type:
-        from modelopt.torch.quantization.plugins.trl import QATSFTTrainer
+        return trainer_class()
 
-        trainer: type = QATSFTTrainer
-        return trainer
+    def see_adapters(self, model: torch.nn.Module) -> None:
+        see_adapters((target, held.quantizer) for target, held in _held(model, "weight") if not target.each)
 
     def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((weight.name, weight.values) for weight in self.quantized(model))
@@ -231,6 +235,13 @@ def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
     import modelopt.torch.quantization as mtq
 
     mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
+    _forget_state(model)
+
+
+def _forget_state(model: torch.nn.Module) -> None:
+    from modelopt.torch.opt import ModeloptStateManager
+
+    ModeloptStateManager.remove_state(model)
 
 
 def _hide_buffers(model: torch.nn.Module) -> None:

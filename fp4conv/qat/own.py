@@ -89,6 +89,9 @@ class Fp4convBackend:
                 hint="the state is of another model, or this release of transformers names its modules in another way",
             )
 
+    def see_adapters(self, model: torch.nn.Module) -> None:
+        """They do: `quantizers` looks at each call."""
+
     def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
         for pair in _pairs(model):
             if pair.inputs is not None:

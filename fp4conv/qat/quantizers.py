@@ -125,7 +125,9 @@ class _Quantised:
 
     def forward(self, *args: object, **kwargs: object) -> object:
         module: torch.nn.Module = self
-        with _weights_in_place(module) as weights, _inputs_of(module, weights):
+        table = quantized_parameters(module)
+        quantizers = {parameter: weight for parameter, (weight, _) in table.items()}
+        with weights_in_place(module, quantizers) as weights, _inputs_of(module, weights):
             return super().forward(*args, **kwargs)  # type: ignore[misc]  # that of the module's own class
 
 
@@ -135,11 +137,16 @@ def _quantised(kind: type) -> type:
 
 
 @contextmanager
-def _weights_in_place(module: torch.nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
-    """While it lasts, reading a quantised parameter of `module` gives its fake-quantised values; yields those."""
+def weights_in_place(
+    module: torch.nn.Module, quantizers: Mapping[str, torch.nn.Module]
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """While it lasts, reading a parameter of `module` that has one of `quantizers` gives what that makes of it.
+
+    Where peft adds to the parameter around this call, that is quantised which peft makes. Yields the values.
+    """
     with ExitStack() as stack:
         weights = {}
-        for parameter, (quantizer, _) in module.__dict__[_TABLE].items():
+        for parameter, quantizer in quantizers.items():
             if parametrize.is_parametrized(module, parameter):  # peft, around this call: quantise what it makes
                 stack.enter_context(parametrize.cached())
                 chain = module.parametrizations[parameter]

@@ -151,7 +151,6 @@ PRESETS: Mapping[str, Preset] = {
             "format": "mxfp4",
             "attn_implementation": "eager",
             "lora": True,
-            "backend": "fp4conv",  # ModelOpt's does not take adapters
             "batch_size": 1,
             "gradient_accumulation": 16,
             "gpus": 8,

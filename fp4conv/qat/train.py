@@ -100,6 +100,8 @@ def _trainer(
         trainer = backend.trainer()
     if settings.lora:
         model = with_adapters(model, settings, quantized)
+        if job.quantizers is not None:
+            backend_of(settings).see_adapters(model)
     rows = datasets.Dataset.from_dict(
         {"input_ids": [list(e.ids) for e in data.train], "labels": [e.labels for e in data.train]}
     )

@@ -52,17 +52,9 @@ class Work:
                 hint="leave --gpus out to train in one process",
             )
         backend_of(settings).check(recipe_of(settings))
-        _check_modelopt(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
-        if settings.backend == "modelopt" and settings.gradient_checkpointing and model.family.name == "moe":
-            raise UsageError(
-                "gradient checkpointing recomputes other routes under ModelOpt's quantisers of such experts, and torch "
-                "stops there",
-                where=str(settings.model),
-                hint="--no-gradient-checkpointing, or --backend fp4conv",
-            )
         data = load_data(settings, load_tokenizer(self._source))
         answers = "" if data.has_answers else ", no answers (only prompt/completion rows have them)"
         self._tell(f"{len(data.train):,} examples to train on, {len(data.test):,} held out; {data.kind}{answers}")
@@ -131,14 +123,6 @@ class Work:
     def _export(self, last: Path, names: tuple[str, ...]) -> Mapping[str, JSON]:
         steps.export(last, self._places, self._settings, names)
         return {}
-
-
-def _check_modelopt(settings: Settings) -> None:
-    if settings.backend == "modelopt" and settings.lora and "qat" not in settings.skip:
-        raise UsageError(
-            "--lora with --backend modelopt: ModelOpt 0.47 stops at two states, of a model and of its adapters",
-            hint="--backend fp4conv trains adapters on fake quantisers",
-        )
 
 
 def _number(value: JSON) -> float:

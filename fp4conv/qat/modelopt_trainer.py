@@ -1,0 +1,40 @@
+"""trl's SFTTrainer with ModelOpt's additions, and what a run on ModelOpt's wrappers needs beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+
+def trainer_class() -> type:
+    from modelopt.torch.quantization.plugins.trl import QATSFTTrainer
+
+    class Trainer(QATSFTTrainer):
+        """Recomputes layers to their end, and does not print which files ModelOpt writes and misses.
+
+        ModelOpt's wrappers of experts put their own functions in the place of torch's (linear, bmm, matmul) for the
+        time of a call, and put those back only where nothing is raised. Gradient checkpointing raises: it ends a
+        layer's recomputation so, once it has what backward needs, which is inside the experts. What then stays in
+        torch's place quantises the products of other modules: Qwen3-MoE's routers chose other experts in the next
+        recomputation.
+        """
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            with _unsaid():
+                super().__init__(*args, **kwargs)
+
+        def train(self, *args: object, **kwargs: object) -> object:
+            with _unsaid(), set_checkpoint_early_stop(False):
+                return super().train(*args, **kwargs)
+
+        def save_model(self, *args: object, **kwargs: object) -> None:
+            with _unsaid():
+                super().save_model(*args, **kwargs)
+
+    return Trainer
+
+
+def _unsaid() -> contextlib.redirect_stdout[io.StringIO]:
+    return contextlib.redirect_stdout(io.StringIO())
