@@ -8,9 +8,10 @@ are those that the forward pass used. Each reads real values, and names the firs
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,7 @@ def check_forward(weights: Iterable[QuantizedWeight]) -> ForwardReport:
     Raises ValuesError with the first weight that differs in another way than ModelOpt's known ones, or is not finite.
     """
 
-    def expected(weight: QuantizedWeight) -> Iterator[_Compared]:
-        for name, master, used, amax in _tensors(weight):
-            yield _Compared(weight, name, (master, used, _codec_values(weight, name, master, amax)), amax)
-
-    return _compare(expected(weight) for weight in weights)
+    return _compare(weights)
 
 
 def check_shared(weights: Iterable[QuantizedWeight]) -> None:
@@ -113,88 +110,89 @@ def check_exported(weights: Iterable[QuantizedWeight], folder: Path) -> ForwardR
     with open_checkpoint(folder) as checkpoint:
         formats = {weight.name: weight.format_name for weight in checkpoint.model.weights}
 
-        def exported(weight: QuantizedWeight) -> Iterator[_Compared]:
-            for name, master, used, amax in _tensors(weight):
-                if formats.get(name) != weight.format_name:
-                    found = f"is {formats[name]}" if name in formats else "is not there"
-                    raise SourceError(f"{found}, expected {weight.format_name}", where=f"{name} ({folder})")
-                values = rounded(checkpoint.read(name).astype(np.float32, copy=False), weight.master.dtype)
-                expected = _codec_values(weight, name, master, amax)
-                if not np.array_equal(values, expected):
-                    raise _differs(name, values, expected, _EXPORT)
-                yield _Compared(weight, name, (master, used, values), amax)
+        def exported(weight: QuantizedWeight, name: str) -> Values:
+            if formats.get(name) != weight.format_name:
+                found = f"is {formats[name]}" if name in formats else "is not there"
+                raise SourceError(f"{found}, expected {weight.format_name}", where=f"{name} ({folder})")
+            values: Values = checkpoint.read(name).astype(np.float32, copy=False)
+            return values
 
-        return _compare(exported(weight) for weight in weights)
+        return _compare(weights, exported)
 
 
 @dataclass(frozen=True)
-class _Compared:
-    """`arrays`: (master, used, expected) of one tensor of a checkpoint, in its shape."""
+class _Tensor:
+    """One tensor of a checkpoint: its master and what the forward pass used, as stacks [E, N, K], or [E, K, N] with kn.
+
+    `exported`: float32 values read from an export, in the same shape, or None.
+    """
 
     weight: QuantizedWeight
     name: str
-    arrays: tuple[Values, Values, Values]
+    master: torch.Tensor
+    used: torch.Tensor
     amax: float | None
+    exported: Values | None = None
+
+    @property
+    def kn(self) -> bool:
+        return self.weight.axis == -2
+
+    def expected(self, number: int) -> Values:
+        """float32: what the codec makes of matrix `number`, rounded to the master's dtype."""
+        values, bad = decoded(_numpy(self.master[number]), self.weight.format_name, self.amax, kn=self.kn)
+        if bad >= 0:
+            raise ValuesError("has a NaN or an Inf, which no block format holds", where=self.name)
+        return rounded(values, self.weight.master.dtype)
 
 
 _FORWARD = ("the forward pass", "an export could not have the trained values: train with --backend fp4conv")
 _EXPORT = ("the export", "export again from the checkpoint that was trained last, without --scale-rule and --ties")
 
 
-def _compare(compared: Iterable[Iterable[_Compared]]) -> ForwardReport:
+def _compare(
+    found: Iterable[QuantizedWeight], exported: Callable[[QuantizedWeight, str], Values] | None = None
+) -> ForwardReport:
     weights = values = 0
     explained: dict[str, int] = {}
-    for tensors in compared:
-        weights += 1
-        for tensor in tensors:
-            for matrices in _matrices(tensor):
-                dtype = tensor.weight.master.dtype
-                blocks, known = differing_blocks(tensor.weight.format_name, matrices, tensor.amax, dtype)
-                if not known.all():
-                    raise _differs(tensor.name, tensor.arrays[1], tensor.arrays[2], _FORWARD)
-                if blocks.size:
-                    explained[tensor.name] = explained.get(tensor.name, 0) + int(blocks.size)
-            values += tensor.arrays[0].size
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the kernels hold no lock; a model of experts is many matrices
+        for weight in found:
+            weights += 1
+            for tensor in _tensors(weight, exported):
+                if blocks := sum(threads.map(partial(_explained, tensor), range(len(tensor.master)))):
+                    explained[tensor.name] = blocks
+                values += tensor.master.numel()
     return ForwardReport(weights, values, explained)
 
 
-def _codec_values(weight: QuantizedWeight, name: str, master: Values, amax: float | None) -> Values:
-    """What the codec makes of `master`, a tensor of a checkpoint, rounded to the master's dtype."""
-    expected = np.empty_like(master)
+def _explained(tensor: _Tensor, number: int) -> int:
+    """How many blocks of matrix `number` differ as ModelOpt is known to; ValuesError where one differs otherwise."""
+    expected, dtype = tensor.expected(number), tensor.weight.master.dtype
+    if tensor.exported is not None and not np.array_equal(rounded(tensor.exported[number], dtype), expected):
+        raise _differs(tensor, rounded(tensor.exported, dtype), _EXPORT)
+    used = _numpy(tensor.used[number])
+    if np.array_equal(used, expected):
+        return 0
+    matrices = (_numpy(tensor.master[number]), used, expected)
+    master, used, expected = (np.ascontiguousarray(each.T if tensor.kn else each) for each in matrices)
+    blocks, known = differing_blocks(tensor.weight.format_name, (master, used, expected), tensor.amax, dtype)
+    if not known.all():
+        raise _differs(tensor, _numpy(tensor.used), _FORWARD)
+    return int(blocks.size)
 
-    def fill(source: Values, target: Values) -> int:
-        values, bad = decoded(np.ascontiguousarray(source), weight.format_name, amax)
-        target[...] = rounded(values, weight.master.dtype)
-        return bad
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the kernels hold no lock; experts are many
-        found = threads.map(fill, _stack(master, weight.axis), _stack(expected, weight.axis))
-        if max(found, default=-1) >= 0:
-            raise ValuesError("has a NaN or an Inf, which no block format holds", where=name)
-    return expected
-
-
-def _tensors(weight: QuantizedWeight) -> Iterator[tuple[str, Values, Values, float | None]]:
-    """(name, master, used, amax) of each tensor of a checkpoint that this weight becomes."""
+def _tensors(weight: QuantizedWeight, exported: Callable[[QuantizedWeight, str], Values] | None) -> Iterator[_Tensor]:
+    """Each tensor of a checkpoint that this weight becomes."""
     masters = checkpoint_tensors(weight.name, weight.master, each=weight.each)
     used = checkpoint_tensors(weight.name, weight.values, each=weight.each)
     amax: list[float | None] = [None] if weight.amax is None else weight.amax.detach().cpu().reshape(-1).tolist()
     own = list(zip(masters, used, strict=True))
     for number, ((name, master), (_, values)) in enumerate(own):
+        read = None if exported is None else exported(weight, name).reshape(-1, *master.shape[-2:])
         # Experts with a scale each have one or two tensors: all of one expert, then all of the next.
-        yield name, _numpy(master), _numpy(values), amax[number * len(amax) // len(own)]
-
-
-def _stack(array: Values, axis: int) -> Values:
-    """A view [matrices, N, K] of a weight's array."""
-    stacked = array if array.ndim == 3 else array[None]
-    return np.swapaxes(stacked, -1, -2) if axis == -2 else stacked
-
-
-def _matrices(tensor: _Compared) -> Iterator[tuple[Values, Values, Values]]:
-    master, used, expected = (_stack(array, tensor.weight.axis) for array in tensor.arrays)
-    for each in zip(master, used, expected, strict=True):
-        yield np.ascontiguousarray(each[0]), np.ascontiguousarray(each[1]), np.ascontiguousarray(each[2])
+        scale = amax[number * len(amax) // len(own)]
+        stack, used_stack = (each.detach().reshape(-1, *master.shape[-2:]) for each in (master, values))
+        yield _Tensor(weight, name, stack, used_stack, scale, read)
 
 
 @dataclass
@@ -203,16 +201,19 @@ class _Amax:
     amax: torch.Tensor | None
 
 
-def decoded(matrix: Values, format_name: str, amax: float | None) -> tuple[Values, int]:
-    """(float32 values of `matrix` [N, K] after the codec, by the rules of training; -1, or the first bad index)."""
-    codec, (n, k) = codec_named(format_name), matrix.shape
+def decoded(matrix: Values, format_name: str, amax: float | None, *, kn: bool = False) -> tuple[Values, int]:
+    """(float32 values of `matrix` after the codec, by the rules of training; -1, or the first bad index).
+
+    `matrix`: float32 [N, K], or [K, N] with `kn`.
+    """
+    codec, (n, k) = codec_named(format_name), matrix.T.shape if kn else matrix.shape
     rule = FORWARD_RULES[format_name]
     coding = Coding(rule, Ties.EVEN, 1.0 if amax is None else tensor_scale(amax, rule))
     codes = Codes(np.empty((n, k // 2), np.uint8), np.empty((n, k // BLOCK_FORMATS[format_name].block), np.uint8))
-    out = np.zeros((n, k), np.float32)
-    bad = codec.encode(Rows(matrix), coding, codes, Tally(np.empty(n), np.empty(n)))
+    out = np.zeros_like(matrix)
+    bad = codec.encode(Rows(matrix, kn), coding, codes, Tally(np.empty(n), np.empty(n)))
     if bad < 0:
-        codec.decode(codes, coding.tensor_scale, Rows(out))
+        codec.decode(codes, coding.tensor_scale, Rows(out, kn))
     return out, bad
 
 
@@ -228,14 +229,17 @@ def _shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], bool]:
     return shapes, model.config.get("tie_word_embeddings") is True
 
 
-def _differs(name: str, found: Values, expected: Values, what: tuple[str, str]) -> ValuesError:
+def _differs(tensor: _Tensor, found: Values, what: tuple[str, str]) -> ValuesError:
+    shape = tuple(tensor.master.shape[1:] if len(tensor.master) == 1 else tensor.master.shape)
+    expected = np.stack([tensor.expected(number) for number in range(len(tensor.master))]).reshape(shape)
+    found = found.reshape(shape)
     different = found != expected
     place = tuple(int(axis[0]) for axis in np.nonzero(different))
     whose, hint = what
     return ValuesError(
         f"{np.count_nonzero(different):,} of {different.size:,} values of {whose} are not those of fp4conv's codec: at "
         f"{list(place)} {found[place]:.9g}, expected {expected[place]:.9g}",
-        where=name,
+        where=tensor.name,
         hint=hint,
     )
 
