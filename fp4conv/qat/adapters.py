@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fp4conv.qat.settings import Settings
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, NONE = "all-linear", "none"  # of linear layers; experts have a setting of their own
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -57,6 +57,7 @@ def targets_of(model: torch.nn.Module, settings: Settings, quantized: Collection
             for name, parameter in model.named_parameters()
             if parameter.ndim == 3 and role_of(name) is Role.EXPERT and _in_layers(name, settings)
         ]
+    _check_used(model, settings, leaves)
     if not modules and not parameters:
         raise UsageError(
             f"no layer matches lora_modules {', '.join(settings.lora_modules)} and lora_layers "
@@ -65,6 +66,21 @@ def targets_of(model: torch.nn.Module, settings: Settings, quantized: Collection
             hint=f"choose among {', '.join(sorted(leaves))}, or {ALL_LINEAR}",
         )
     return Targets(tuple(modules), tuple(parameters))
+
+
+def _check_used(model: torch.nn.Module, settings: Settings, leaves: Collection[str]) -> None:
+    """UsageError for a name of a layer, or a number of one, that the model has not: a slip of the pen."""
+    numbers = {int(found[1]) for name, _ in model.named_modules() if (found := _LAYER.search(f".{name}."))}
+    for wanted, have, what in (
+        (set(settings.lora_modules) - {ALL_LINEAR, NONE}, set(leaves), "lora_modules"),
+        (set(settings.lora_layers), numbers, "lora_layers"),
+    ):
+        if missing := sorted(map(str, wanted - have)):
+            raise UsageError(
+                f"{what} names {', '.join(missing)}, and there is none in this model",
+                where=str(settings.model),
+                hint=f"it has {', '.join(map(str, sorted(have)))}",
+            )
 
 
 def with_adapters(model: torch.nn.Module, settings: Settings, quantized: Collection[str]) -> peft.PeftModel:

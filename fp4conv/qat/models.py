@@ -30,7 +30,7 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
             f"has no tokenizer that transformers reads: {str(error).splitlines()[0]}",
@@ -49,12 +49,11 @@ def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel
     """
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     decoded = {"quantization_config": Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
-    attention = settings.attn_implementation or ("eager" if config.model_type in _EAGER else None)
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention, **decoded
+        folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention_of(config, settings), **decoded
     )
     model.config.use_cache = False
     if settings.dtype == "float32":
@@ -62,6 +61,11 @@ def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
     return model if distributed() else model.to(device())
+
+
+def attention_of(config: transformers.PreTrainedConfig, settings: Settings) -> str | None:
+    """What transformers is told; None: its own choice."""
+    return settings.attn_implementation or ("eager" if config.model_type in _EAGER else None)
 
 
 def quiet() -> None:

@@ -7,6 +7,7 @@ NVIDIA's gpt-oss example (docs/qat.md).
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, Union, get_args, get_origin, get_type
 from fp4conv.errors import UsageError
 from fp4conv.families import SCOPES
 from fp4conv.formats import BLOCK_FORMATS
+from fp4conv.sizes import parse_size
 
 if TYPE_CHECKING:
     from fp4conv.model import JSON
@@ -28,10 +30,17 @@ SKIPPABLE = ("sft", "calibrate", "qat", "export", "evaluate")
 T = TypeVar("T")
 
 
-def _setting(default: T, section: str, words: str, *, choices: Iterable[str] = (), least: float | None = None) -> T:
-    made: T = field(
-        default=default, metadata={"section": section, "help": words, "choices": tuple(choices), "least": least}
-    )
+def _setting(
+    default: T,
+    section: str,
+    words: str,
+    *,
+    choices: Iterable[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> T:
+    facts = {"section": section, "help": words, "choices": tuple(choices), "least": least, "most": most}
+    made: T = field(default=default, metadata=facts)
     return made
 
 
@@ -81,10 +90,14 @@ class Settings:
     batch_size: int = _setting(2, "Training", "Examples a device and step", least=1)
     gradient_accumulation: int = _setting(2, "Training", "Steps whose gradients are added up", least=1)
     scheduler: str = _setting("cosine_with_min_lr", "Training", "Learning-rate schedule, by transformers' name")
-    min_lr_rate: float = _setting(0.1, "Training", "Floor of the cosine, as a share of the learning rate")
-    warmup: float = _setting(0.03, "Training", "Warm-up: a share of the steps below 1, a number of steps from 1 on")
-    weight_decay: float = _setting(0.0, "Training", "Weight decay of AdamW")
-    max_grad_norm: float = _setting(1.0, "Training", "Gradients are clipped to this norm")
+    min_lr_rate: float = _setting(
+        0.1, "Training", "Floor of the cosine, as a share of the learning rate", least=0, most=1
+    )
+    warmup: float = _setting(
+        0.03, "Training", "Warm-up: a share of the steps below 1, a number of steps from 1 on", least=0
+    )
+    weight_decay: float = _setting(0.0, "Training", "Weight decay of AdamW", least=0)
+    max_grad_norm: float = _setting(1.0, "Training", "Gradients are clipped to this norm; 0: not at all", least=0)
     dtype: str = _setting("bfloat16", "Training", "Of the masters; float32 computes in BF16 on a GPU", choices=DTYPES)
     gradient_checkpointing: bool = _setting(True, "Training", "Recompute activations: less memory, more time")
     attn_implementation: str | None = _setting(
@@ -92,17 +105,19 @@ class Settings:
     )
     save_steps: int = _setting(100, "Training", "A checkpoint to go on from every so many steps", least=1)
     logging_steps: int = _setting(10, "Training", "A point of the loss curve every so many steps", least=1)
-    seed: int = _setting(42, "Training", "Of data order, initialisation and dropout")
+    seed: int = _setting(42, "Training", "Of data order, initialisation and dropout", least=0, most=2**32 - 1)
 
     lora: bool = _setting(False, "LoRA", "Train adapters, and merge them, in place of the whole model")
     lora_rank: int = _setting(8, "LoRA", "Rank", least=1)
     lora_alpha: float = _setting(16.0, "LoRA", "Alpha: the product is scaled by alpha / rank")
-    lora_dropout: float = _setting(0.0, "LoRA", "Dropout; 0 where expert parameters or quantised layers are trained")
+    lora_dropout: float = _setting(
+        0.0, "LoRA", "Dropout; 0 where expert parameters or quantised layers are trained", least=0, most=1
+    )
     lora_modules: tuple[str, ...] = _setting(
-        ("all-linear",), "LoRA", "Linear layers by leaf name (q_proj), or all-linear"
+        ("all-linear",), "LoRA", "Linear layers by leaf name (q_proj), all-linear, or none"
     )
     lora_experts: bool = _setting(True, "LoRA", "Adapters on expert parameters too")
-    lora_layers: tuple[int, ...] = _setting((), "LoRA", "Numbers of the layers that get adapters; none: all")
+    lora_layers: tuple[int, ...] = _setting((), "LoRA", "Numbers of the layers that get adapters; none: all", least=0)
 
     gpus: int = _setting(1, "Machine", "GPUs of this node; with more than one, accelerate is launched", least=1)
     sharding: str = _setting("fsdp2", "Machine", "How several GPUs share the model", choices=SHARDINGS)
@@ -194,7 +209,9 @@ def read_yaml(path: Path) -> dict[str, object]:
     import yaml
 
     try:
-        found: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        found: object = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot be read: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
@@ -203,6 +220,9 @@ def read_yaml(path: Path) -> dict[str, object]:
         return {}
     if not isinstance(found, dict):
         raise UsageError("holds no settings", where=str(path), hint="write `key: value` lines; see --print-config")
+    keys = [str(key.value) for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UsageError(f"says {twice} more than once", where=str(path), hint="keep one of the lines")
     return {str(key): _checked(str(key), value, str(path)) for key, value in found.items()}
 
 
@@ -269,7 +289,7 @@ def _typed(key: str, value: object, kind: object, where: str) -> object:
 
 
 def _check_range(one: Field[object], value: object, where: str) -> None:
-    choices, least = one.metadata["choices"], one.metadata["least"]
+    choices, least, most = (one.metadata[fact] for fact in ("choices", "least", "most"))
     for item in value if isinstance(value, tuple) else (value,):
         if choices and item is not None and item not in choices:
             near = difflib.get_close_matches(str(item), choices, n=1)
@@ -278,17 +298,29 @@ def _check_range(one: Field[object], value: object, where: str) -> None:
                 where=where,
                 hint=f"choose one of {', '.join(choices)}",
             )
-    if least is not None and isinstance(value, (int, float)) and value < least:
-        raise UsageError(f"{one.name} is {value}, expected at least {least:g}", where=where)
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str) or not isinstance(item, (int, float)):
+            continue
+        if not math.isfinite(item):
+            raise UsageError(f"{one.name} is {item}, expected a finite number", where=where)
+        if least is not None and item < least:
+            raise UsageError(f"{one.name} is {item}, expected at least {least:g}", where=where)
+        if most is not None and item > most:
+            raise UsageError(f"{one.name} is {item}, expected at most {most:.10g}", where=where)
 
 
 def _check_together(settings: Settings) -> None:
     if not 0 < settings.test_size < 1:
         raise UsageError(f"test_size is {settings.test_size}, expected a share between 0 and 1")
-    for name in ("sft_learning_rate", "qat_learning_rate", "sft_epochs", "qat_epochs"):
+    for name in ("sft_learning_rate", "qat_learning_rate", "sft_epochs", "qat_epochs", "lora_alpha"):
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UsageError(f"{name} is {value}, expected more than 0")
+    for name in ("sft_max_steps", "qat_max_steps"):
+        value = getattr(settings, name)
+        if value != -1 and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1, or -1: epochs decide")
+    parse_size(settings.max_memory)
     if settings.lora and settings.lora_dropout and settings.lora_experts:
         raise UsageError(
             "lora_dropout is set, but factors of expert parameters are added to the weights, where nothing drops out",

@@ -12,18 +12,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp4conv.commands.convert import convert, plan_conversion
+from fp4conv.commands.convert import convert
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.model import Stored
 from fp4conv.qat import launch
-from fp4conv.qat.adapters import targets_of
 from fp4conv.qat.backend import Batch
 from fp4conv.qat.calibrating import one_by_one
 from fp4conv.qat.checks import check_forward, check_saved, check_shared
 from fp4conv.qat.data import load_data
 from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
-from fp4conv.qat.targets import choose
 from fp4conv.qat.train import CHECKPOINTS, SAVED, Job, Trained
 
 if TYPE_CHECKING:
@@ -176,33 +174,6 @@ def quantise(source: Path, out: Path, to: str, settings: Settings, chosen: Selec
         hints=False,
         max_memory=settings.max_memory,
         overwrite=out.exists(),
-    )
-
-
-def check_model(source: Path, settings: Settings) -> None:
-    """Raise what LoRA and the export would of the names and shapes of `source`, before anything is trained.
-
-    The model is made without its values. What only ModelOpt can tell, a recipe of its own, is left to `calibrate`.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
-    if settings.lora:
-        targets_of(model, settings, ())
-    if settings.backend == "modelopt" and settings.quant_cfg is not None:
-        return
-    names = tuple(target.weight for target in choose(model, recipe_of(settings)))
-    chosen = selection(parsed(source), names)
-    plan_conversion(
-        source,
-        to=str(settings.format),
-        layout=settings.layout,
-        modules="all",
-        include=chosen.taken,
-        exclude=chosen.left,
-        hints=False,
     )
 
 

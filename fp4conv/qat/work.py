@@ -11,7 +11,7 @@ import torch
 
 from fp4conv.errors import UsageError
 from fp4conv.model import JSON
-from fp4conv.qat import steps
+from fp4conv.qat import admission, steps
 from fp4conv.qat.data import load_data
 from fp4conv.qat.evaluate import Score
 from fp4conv.qat.machine import machine
@@ -52,19 +52,21 @@ class Work:
                 hint="leave --gpus out to train in one process",
             )
         backend_of(settings).check(recipe_of(settings))
+        admission.check_scheduler(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
-        data = load_data(settings, load_tokenizer(self._source))
+        tokenizer = load_tokenizer(self._source)
+        admission.check_tokenizer(tokenizer, self._source)
+        data = load_data(settings, tokenizer)
         answers = "" if data.has_answers else ", no answers (only prompt/completion rows have them)"
         self._tell(f"{len(data.train):,} examples to train on, {len(data.test):,} held out; {data.kind}{answers}")
         for note in data.notes:
             self._tell(f"note: {note}")
         if data.repeated:
             self._tell(f"warning: {data.repeated:,} held-out examples are among those to train on too")
+        admission.check_model(self._source, settings, data)
         self._upcasts = steps.needs_upcast(model, settings)
-        if not self._upcasts:
-            steps.check_model(self._source, settings)
 
     def run(self, done: Done) -> Report:
         settings, places = self._settings, self._places
@@ -73,7 +75,6 @@ class Work:
         if self._upcasts:
             self._once(done, "upcast", "decoding the model", self._upcast)
             base = places.upcast
-            steps.check_model(base, settings)
         tuned = base
         if "sft" not in settings.skip:
             facts = self._once(

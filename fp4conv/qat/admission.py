@@ -1,0 +1,145 @@
+"""What would stop a run, found from config, headers and dataset: before the model is decoded, loaded or trained.
+
+The model is made without its values, and its conversions are planned. What only ModelOpt can tell, a recipe of its own,
+is left to the step that calibrates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp4conv.errors import PlanError, SourceError, UsageError
+from fp4conv.model import FLOAT_DTYPES, Model, Stored, Weight
+from fp4conv.planner import Options, make_plan
+from fp4conv.qat.adapters import targets_of
+from fp4conv.qat.models import attention_of, parsed
+from fp4conv.qat.quantising import recipe_of
+from fp4conv.qat.steps import dense_format, selection
+from fp4conv.qat.targets import Target, checkpoint_modules, choose
+from fp4conv.safetensors_io import TensorRef, TensorSpec
+from fp4conv.selection import Selection
+
+if TYPE_CHECKING:
+    import transformers
+
+    from fp4conv.qat.data import Data
+    from fp4conv.qat.settings import Settings
+
+
+def check_scheduler(settings: Settings) -> None:
+    from transformers import SchedulerType
+
+    names = [one.value for one in SchedulerType]
+    if settings.scheduler not in names:
+        raise UsageError(
+            f"scheduler is {settings.scheduler!r}, which transformers does not know",
+            hint=f"choose one of {', '.join(names)}",
+        )
+
+
+def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, source: Path) -> None:
+    if tokenizer.eos_token_id is None:
+        raise SourceError(
+            "its tokenizer names no end of text (eos_token): no answer could end",
+            where=str(source),
+            hint="add eos_token, and pad_token if there is one, to tokenizer_config.json",
+        )
+
+
+def check_model(source: Path, settings: Settings, data: Data) -> None:
+    """Raise what loading, training, LoRA and the export would of the model in `source`, in whatever format it is."""
+    model = empty_model(source, settings)
+    check_vocabulary(model, data, settings)
+    if settings.lora:
+        targets_of(model, settings, ())
+    if settings.backend == "modelopt" and settings.quant_cfg is not None:
+        return
+    chosen = choose(model, recipe_of(settings))
+    checkpoint = parsed(source)
+    _check_names(chosen, checkpoint)
+    taken = selection(checkpoint, tuple(target.weight for target in chosen))
+    make_plan(
+        as_decoded(checkpoint, dense_format(settings)),
+        Options(
+            to=str(settings.format),
+            layout=settings.layout,
+            selection=Selection("all", taken.taken, taken.left),
+            hints=False,
+        ),
+    )
+
+
+def empty_model(source: Path, settings: Settings) -> transformers.PreTrainedModel:
+    """The model that the config in `source` describes, without values. PlanError where transformers makes none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check_causal(config, source)
+        with torch.device("meta"):
+            model: transformers.PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention_of(config, settings), trust_remote_code=False
+            )
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        # transformers raises these for what it does not know, and for attention whose package is missing.
+        raise PlanError(
+            f"transformers cannot make this model: {(str(error).splitlines() or [''])[0]}",
+            where=str(source),
+            hint="look at config.json and --attn-implementation; code that comes with a model is not run",
+        ) from error
+    return model
+
+
+def _check_causal(config: transformers.PreTrainedConfig, source: Path) -> None:
+    """transformers makes a causal model of an encoder's config too, with a head that no checkpoint has."""
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if names and not any(word in name for name in names for word in ("CausalLM", "LMHead", "ConditionalGeneration")):
+        raise PlanError(
+            f"is a {names[0]}; expected a causal language model, which generates text",
+            where=str(source),
+            hint="qat trains models such as LlamaForCausalLM; to quantise this one as it is: fp4conv convert",
+        )
+
+
+def check_vocabulary(model: transformers.PreTrainedModel, data: Data, settings: Settings) -> None:
+    """PlanError where the tokenizer gives a token that the model has no embedding of."""
+    have = int(model.get_input_embeddings().weight.shape[0])
+    largest = max(max(example.ids) for example in (*data.train, *data.test))
+    if largest >= have:
+        raise PlanError(
+            f"its tokenizer gives token {largest}, and there are {have} embeddings",
+            where=str(settings.model),
+            hint="put the tokenizer of this very model into its folder",
+        )
+
+
+def _check_names(chosen: list[Target], checkpoint: Model) -> None:
+    """Every quantised parameter is in the checkpoint, by its name: the export could not find another."""
+    known = {weight.module for weight in checkpoint.weights}
+    for target in chosen:
+        for module in checkpoint_modules(target):
+            if module not in known:
+                raise PlanError(
+                    f"transformers calls a layer {module}, and the checkpoint has none of that name",
+                    where=checkpoint.source.name,
+                    hint="this release of transformers names the modules of this model in another way than its "
+                    "checkpoint; leave the layer out with --exclude 'GLOB'",
+                )
+
+
+def as_decoded(model: Model, dtype: str) -> Model:
+    """What `model` will be once it is decoded to `dtype` (bf16, f32), to be planned with; its bytes do not exist."""
+
+    def dense(weight: Weight) -> Weight:
+        if isinstance(weight.value, Stored) and weight.value.ref.spec.dtype not in FLOAT_DTYPES:
+            return weight
+        spec = TensorSpec(dtype.upper(), weight.shape)
+        return replace(weight, value=Stored(TensorRef(weight.name, weight.name, spec, 0)))
+
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    weights = tuple(dense(weight) for weight in model.weights)
+    return replace(model, layout="hf", weights=weights, config=config, calibration={}, trained={}, trained_kv={})

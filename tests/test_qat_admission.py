@@ -1,0 +1,136 @@
+"""What `fp4conv qat` refuses of a model before it is decoded, loaded or trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+import transformers
+
+import fp4conv
+from fp4conv.errors import Fp4convError
+from fp4conv.qat import admission
+from fp4conv.qat.data import Data, Example
+from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
+from fp4conv.qat.models import load_tokenizer
+from fp4conv.qat.settings import settings_from
+from fp4conv.qat.work import Work
+
+TASK = Task(rules=2, prime=5, length=2, held_out=2)
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+DATA = Data("text", (Example((1, 5, 2), 0),), (Example((1, 5, 2), 0),))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models by family, and gpt-oss in MXFP4 and Llama in NVFP4, which a run decodes first."""
+    root = tmp_path_factory.mktemp("models")
+    write_task(root / "data", TASK)
+    for family in ("gpt-oss", "llama"):
+        write_model(root / family, TASK, family=family)
+    fp4conv.convert(root / "gpt-oss", root / "gpt-oss-mxfp4", to="mxfp4")
+    fp4conv.convert(root / "llama", root / "llama-nvfp4", to="nvfp4")
+    return root
+
+
+def check(root: Path, model: str, **options: object) -> None:
+    given = {"model": str(root / model), "dataset": str(root / "data"), "format": "mxfp4", "backend": "fp4conv"}
+    Work(settings_from({**given, "output": "none", **options}), None, {}).check()
+
+
+@pytest.mark.parametrize("model", ["gpt-oss", "llama", "gpt-oss-mxfp4", "llama-nvfp4"])
+@pytest.mark.parametrize("format_name", ["mxfp4", "nvfp4"])
+def test_models_that_can_be_trained_pass_in_any_format(models: Path, model: str, format_name: str) -> None:
+    check(models, model, format=format_name)
+    check(models, model, format=format_name, lora=True, lora_modules=("q_proj",), lora_layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("gpt-oss-mxfp4", {"include": "*.nothing"}, r"--include '\*\.nothing' matches no module"),
+        ("gpt-oss-mxfp4", {"layout": "modelopt"}, "the modelopt layout does not hold mxfp4"),
+        ("gpt-oss-mxfp4", {"quant_cfg": "MXFP4_DEFAULT_CFG"}, "only the experts are quantised"),
+        ("llama-nvfp4", {"layout": "none"}, "there is no layout 'none'"),
+        ("llama", {"attn_implementation": "none"}, 'transformers cannot make this model: .*"none"'),
+        ("llama", {"scheduler": "none"}, "scheduler is 'none'"),
+        (
+            "llama",
+            {"lora": True, "lora_layers": (0, 9)},
+            "lora_layers names 9, and there is none in this model\n.* 0, 1",
+        ),
+        ("llama", {"lora": True, "lora_modules": ("q_proj", "c_attn")}, "lora_modules names c_attn"),
+    ],
+)
+def test_what_the_model_cannot_be_told(models: Path, model: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(Fp4convError, match=message):
+        check(models, model, **options)
+
+
+def changed(models: Path, folder: Path, name: str, **keys: object) -> Path:
+    """A copy of Llama with other values in a JSON file; None takes a key away."""
+    shutil.copytree(models / "llama", folder)
+    values = json.loads((folder / name).read_text())
+    kept = {key: value for key, value in {**values, **keys}.items() if value is not None}
+    (folder / name).write_text(json.dumps(kept))
+    return folder
+
+
+def test_a_model_type_that_is_not_known_and_code_that_would_have_to_run(models: Path, tmp_path: Path) -> None:
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    folder = changed(models, tmp_path / "own", "config.json", model_type="own", auto_map=code)
+    (folder / "own.py").write_text("raise SystemExit('this must not run')\n")
+    with pytest.raises(Fp4convError, match="transformers cannot make this model"):
+        check(tmp_path, "own", dataset=str(models / "data"))
+
+
+def test_an_encoder_is_no_causal_model(models: Path, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.BertForMaskedLM(config).bfloat16().save_pretrained(tmp_path / "bert")
+    tokenizer_for(TASK.words()).save_pretrained(tmp_path / "bert")
+    with pytest.raises(Fp4convError, match="is a BertForMaskedLM; expected a causal language model"):
+        check(tmp_path, "bert", dataset=str(models / "data"))
+
+
+def test_experts_that_transformers_calls_otherwise_than_the_checkpoint(models: Path, tmp_path: Path) -> None:
+    """Mixtral: `block_sparse_moe.experts.0.w1` is read as `mlp.experts.gate_up_proj`, and no export could be named."""
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1)
+    transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "mixtral")
+    tokenizer_for(TASK.words()).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(
+        Fp4convError, match=r"transformers calls a layer .*experts.*the checkpoint has none of that name"
+    ):
+        check(tmp_path, "mixtral", dataset=str(models / "data"))
+
+
+def test_a_tokenizer_without_an_end_of_text(models: Path, tmp_path: Path) -> None:
+    changed(models, tmp_path / "endless", "tokenizer_config.json", eos_token=None, pad_token=None)
+    with pytest.raises(Fp4convError, match="names no end of text"):
+        check(tmp_path, "endless", dataset=str(models / "data"))
+    load_tokenizer(tmp_path / "endless")  # calibration needs none
+
+
+def test_a_token_without_an_embedding(models: Path) -> None:
+    settings = settings_from({"model": str(models / "llama"), "format": "mxfp4", "backend": "fp4conv"})
+    model = admission.empty_model(models / "llama", settings)
+    count = model.get_input_embeddings().weight.shape[0]
+    assert model.device == torch.device("meta")
+    admission.check_vocabulary(model, Data("text", (Example((1, count - 1), 0),), DATA.test), settings)
+    with pytest.raises(Fp4convError, match=f"its tokenizer gives token {count}, and there are {count} embeddings"):
+        admission.check_vocabulary(model, Data("text", DATA.train, (Example((1, count), 0),)), settings)
