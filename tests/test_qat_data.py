@@ -60,6 +60,10 @@ def test_chats_go_through_the_template(tmp_path: Path, monkeypatch: pytest.Monke
     data = load(write(tmp_path / "e.jsonl", *[{"prompt": chat[:1], "completion": chat[1:]}] * 4))
     assert data.train[0].labels == [IGNORED] * 5 + list(ids("b"))
     assert data.train[0].answer == "b"
+    # A template's own words are no special tokens: what is generated has them, so the answer must.
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE.replace("assistant : {%", "assistant {%"))
+    data = load(tmp_path / "e.jsonl")
+    assert data.train[0].answer == ": b"
 
 
 def test_a_folder_has_its_splits_by_name_and_parquet_reads_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fp4conv.qat.backend import Recipe, open_backend
 from fp4conv.qat.data import Example
-from fp4conv.qat.evaluate import evaluate
+from fp4conv.qat.evaluate import answerable, evaluate
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.settings import settings_from
 
@@ -35,6 +37,7 @@ class Scripted:
 
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers = answers
+        self.generation_config = GenerationConfig(eos_token_id=[5, 7], repetition_penalty=1.3)
 
     def eval(self) -> None:
         pass
@@ -79,3 +82,46 @@ def test_the_loss_is_that_of_the_model_itself_one_by_one(tmp_path: Path) -> None
             total += np.log(np.exp(logits[place - 1]).sum()) - logits[place - 1, one.ids[place]]
             count += 1
     assert score.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_generation_ends_at_the_ends_of_model_and_tokenizer_and_penalises_nothing() -> None:
+    model = Scripted({"9": "1"})
+    evaluate(model, TOKENIZER, (example("9", "1"),), settings_from({}))
+    assert model.generation_config.eos_token_id == sorted({5, 7, TOKENIZER.eos_token_id})
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+
+
+def test_only_whole_answers_to_whole_prompts_are_asked_for() -> None:
+    whole = example("rule1 3", "7 12")
+    cut, empty = replace(whole, ids=whole.ids[: whole.start]), Example(whole.ids, 0, "7 12")
+    examples = (whole, cut, empty, replace(whole, answer=None), example("9", "1 2 3 4"))
+    assert answerable(examples, settings_from({"max_new_tokens": 4})) == [whole]
+    score = evaluate(Scripted({"rule1 3": "7 12"}), TOKENIZER, examples, settings_from({"max_new_tokens": 4}))
+    assert (score.passed, score.asked) == (1, 1)
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "llama"])
+def test_answers_in_batches_are_those_of_the_largest_logit_one_by_one(tmp_path: Path, family: str) -> None:
+    """Prompts of all lengths, a cache and fake quantisers, against a loop without padding or cache."""
+    task = Task(rules=2, prime=11)
+    write_model(tmp_path / "model", task, family=family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
+    for parameter in model.parameters():
+        parameter.data *= 8  # else the largest logit is near the next
+    model.generation_config.repetition_penalty = 3.0
+    open_backend("fp4conv").prepare(model, Recipe("mxfp4"))
+    model.eval()
+    tokenizer, settings = tokenizer_for(task.words()), settings_from({"max_new_tokens": 5, "eval_batch_size": 4})
+    examples = []
+    for number in range(6):
+        prompt = tokenizer("rule1 " + " ".join(map(str, range(number))))["input_ids"]
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 5 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        answer = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+        examples.append(Example(tuple(ids), len(prompt), answer))
+    score = evaluate(model, tokenizer, examples, settings)
+    assert (score.passed, score.asked) == (6, 6)
+    wrong = [replace(each, answer=f"{each.answer} 3") for each in examples]
+    assert evaluate(model, tokenizer, wrong, settings).passed == 0

@@ -207,8 +207,8 @@ def _chat_example(
             where=where,
             hint="give the rows as text: prompt and completion as the model should see them",
         )
-    answer = str(completion[-1].get("content", "")) if completion and isinstance(completion[-1], dict) else None
-    return Example(whole, len(start), answer)
+    # As generation will be decoded: templates add words that are no special tokens (a channel, tags of thinking).
+    return Example(whole, len(start), str(tokenizer.decode(whole[len(start) :], skip_special_tokens=True)))
 
 
 def _words(value: object, column: str, where: str) -> str:

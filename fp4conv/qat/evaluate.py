@@ -38,13 +38,24 @@ def evaluate(
 ) -> Score:
     """Loss over the labels of `test`, and answers where there are any. Leaves `model` in evaluation mode."""
     model.eval()
-    asked = [example for example in test if example.answer is not None]
+    asked = answerable(test, settings)
     with torch.inference_mode():
         loss, tokens = _held_out_loss(model, tokenizer, test, settings)
         if not asked:
             return Score(loss, tokens)
+        model.generation_config = _greedy(model, tokenizer)
         passed = sum(_right(model, tokenizer, some, settings) for some in _chunks(asked, settings.eval_batch_size))
     return Score(loss, tokens, passed, len(asked))
+
+
+def answerable(test: Sequence[Example], settings: Settings) -> list[Example]:
+    """Examples whose prompt and whole answer are there, the answer within max_new_tokens."""
+    return [
+        example
+        for example in test
+        if example.answer is not None
+        and 0 < example.start < len(example.ids) <= example.start + settings.max_new_tokens
+    ]
 
 
 def _held_out_loss(
@@ -77,22 +88,31 @@ def batches(
         }
 
 
+def _greedy(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.GenerationConfig:
+    """Greedy and nothing else: a checkpoint's own settings may penalise repetition, or suppress tokens."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return GenerationConfig(do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends))
+
+
 def _right(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
     examples: Sequence[Example],
     settings: Settings,
 ) -> int:
-    """How many of `examples` are answered right: the text that greedy generation gives, but for space around it."""
+    """How many of `examples` are answered right: the words that greedy generation gives are those of the answer."""
     prompts = [example.ids[: example.start] for example in examples]
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     limit = min(settings.max_new_tokens, max(len(e.ids) - e.start for e in examples) + 1)
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, use_cache=True, pad_token_id=pad
-    )
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, use_cache=True)
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return sum(text.split() == str(e.answer).split() for text, e in zip(texts, examples, strict=True))
 
