@@ -8,12 +8,14 @@ merged weight, and the export has the values that were trained. Beside a quantis
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils import parametrize
 
 from fp4conv.errors import UsageError
 from fp4conv.families import Role, role_of
@@ -99,7 +101,62 @@ def with_adapters(model: torch.nn.Module, settings: Settings, quantized: Collect
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     # By this the trainer goes on from a checkpoint, with factors in F32 were it not told.
     adapted.load_adapter = partial(adapted.load_adapter, autocast_adapter_dtype=False)
+    fold_matrices(adapted)
     return adapted
+
+
+def fold_matrices(adapted: torch.nn.Module) -> None:
+    """Make peft add the factors of a matrix as it adds those of experts: in one rounding, as merging does.
+
+    peft rounds B A to the dtype of a lone matrix, and then its sum with W: a quarter of the values in BF16 would be
+    others than the merged model has.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    for module in adapted.modules():
+        if isinstance(module, ParamWrapper) and module.get_param().ndim == 2:
+            module.__class__ = _folding(ParamWrapper)
+
+
+@cache
+def _folding(wrapper: type) -> type:
+    class Folding(wrapper):
+        @contextmanager
+        def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+            adapters = [name for name in active_adapters if name in self.lora_A]
+            if not adapters:
+                yield
+                return
+            base, parameter = self.get_base_layer(), self.parameter_name
+            (adapter,) = adapters
+            factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+            trained = self.get_param().requires_grad
+            parametrize.register_parametrization(base, parameter, _Fold(*factors, self.scaling[adapter]))
+            base.parametrizations[parameter].original.requires_grad_(trained)  # which a parametrisation does not keep
+            try:
+                with parametrize.cached():
+                    yield
+            finally:
+                parametrize.remove_parametrizations(base, parameter, leave_parametrized=False)
+
+    return Folding
+
+
+class _Fold(torch.nn.Module):
+    """W -> W + scaling x B A, in float32 and with one rounding. `a`: [R, K], `b`: [N, R], W: [N, K].
+
+    As factors are merged: of the dtype of W. Matrix units that take BF16 would add up the product in their own way.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> None:
+        super().__init__()
+        self._factors = (a, b)  # no parameters of this module: they are the adapter's
+        self._scaling = scaling
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        a, b = (factor.to(weight.dtype).to(torch.float32) for factor in self._factors)
+        with torch.autocast(weight.device.type, enabled=False):
+            return torch.addmm(weight.to(torch.float32), b, a, alpha=self._scaling).to(weight.dtype)
 
 
 def _in_layers(name: str, settings: Settings) -> bool:

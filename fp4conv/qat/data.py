@@ -136,7 +136,7 @@ def _notes(
     if long := sum(length > settings.max_new_tokens for length in answers):
         yield (
             f"answers of more than {settings.max_new_tokens:,} tokens, which is all that is generated, so that they "
-            f"count as wrong: {long:,} (--max-new-tokens)"
+            f"are not asked for: {long:,} (--max-new-tokens)"
         )
     if found.unread:
         yield (

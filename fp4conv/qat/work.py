@@ -13,7 +13,7 @@ from fp4conv.errors import UsageError
 from fp4conv.model import JSON
 from fp4conv.qat import admission, steps
 from fp4conv.qat.data import load_data
-from fp4conv.qat.evaluate import Score, answerable
+from fp4conv.qat.evaluate import Score
 from fp4conv.qat.machine import machine
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
 from fp4conv.qat.quantising import backend_of, recipe_of
@@ -63,8 +63,6 @@ class Work:
         self._tell(f"{len(data.train):,} examples to train on, {len(data.test):,} held out; {data.kind}{answers}")
         for note in data.notes:
             self._tell(f"note: {note}")
-        if unasked := sum(each.answer is not None for each in data.test) - len(answerable(data.test, settings)):
-            self._tell(f"warning: {unasked:,} answers are cut, or longer than max_new_tokens, and are not asked for")
         if data.repeated:
             self._tell(f"warning: {data.repeated:,} held-out examples are among those to train on too")
         admission.check_model(self._source, settings, data)
