@@ -9,13 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hub_server import Hub, serve, turn_client
-
-if TYPE_CHECKING:
-    import torch
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 REFERENCE_VARIABLE = "FP4CONV_REFERENCE"
@@ -60,17 +56,11 @@ def full_reference() -> Callable[[str], Path]:
 
 @pytest.fixture
 def kernels_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ModelOpt's CUDA kernel of fake quantisation by fp4conv's arithmetic; all else is ModelOpt's own."""
-    tensor_quant = pytest.importorskip("modelopt.torch.quantization.tensor_quant")
-    from fp4conv.qat.fake_quant import fake_quantise
+    """ModelOpt runs here, with fp4conv's arithmetic for its CUDA kernel."""
+    pytest.importorskip("modelopt.torch.quantization")
+    from modelopt_cpu import put_kernel
 
-    def op(x: torch.Tensor, block: int, amax: torch.Tensor | None, *_: int) -> torch.Tensor:
-        if amax is None:
-            return fake_quantise(x, "mxfp4")
-        return fake_quantise(x, "nvfp4", amax.float().reshape(()))
-
-    monkeypatch.setattr(tensor_quant, "dynamic_block_quantize_op", op)
-    monkeypatch.setattr("fp4conv.qat.modelopt.missing_kernels", lambda: None)
+    put_kernel(monkeypatch.setattr)
 
 
 def _full_root() -> Path | None:
