@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,71 @@ def test_a_log_gets_lines_of_progress_and_quiet_nothing(tmp_path: Path, done: Ru
     assert CliRunner().invoke(main, [*words, "--quiet"]).stderr == ""
 
 
+def test_what_no_step_needs_any_longer_is_gone(done: Run) -> None:
+    assert {place.name for place in (done.out / "sft").iterdir()} == {"model", "training.json"}
+    assert {place.name for place in (done.out / "qat").iterdir()} == {"model", "training.json"}
+
+
+def test_a_run_does_not_go_on_with_other_examples_or_another_model(tmp_path: Path, done: Run) -> None:
+    """Told before anything is done, and put back the run goes on."""
+    shutil.copytree(done.root / "data", tmp_path / "data")
+    shutil.copytree(done.root / "model", tmp_path / "model")
+    words = [
+        *command(tmp_path, format="mxfp4", sft_max_steps=1),
+        "--skip",
+        "qat",
+        "--skip",
+        "export",
+        "--skip",
+        "evaluate",
+    ]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    rows = (tmp_path / "data" / "train.jsonl").read_text()
+    for changed in (rows.replace("rule1", "rule2", 1), rows[: rows.rindex("{")]):
+        (tmp_path / "data" / "train.jsonl").write_text(changed)
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 1
+        assert "began before the examples of the dataset changed" in result.output
+    (tmp_path / "data" / "train.jsonl").write_text(rows)
+    assert CliRunner().invoke(main, words).exit_code == 0
+    write_model(tmp_path / "model", TASK, seed=1)
+    assert "began before the model changed" in CliRunner().invoke(main, words).output
+
+
+def test_a_run_that_diverges_is_stopped(tmp_path: Path, done: Run) -> None:
+    result = CliRunner().invoke(
+        main, command(done.root, format="mxfp4", output=tmp_path / "out", sft_learning_rate=1e9, sft_max_steps=3)
+    )
+    assert result.exit_code == 1
+    assert "training has diverged" in result.output
+    assert "--sft-learning-rate" in result.output
+    assert not (tmp_path / "out" / "quantizers").exists()
+
+
+def test_without_qat_the_export_has_the_input_scales_that_its_row_was_measured_with(tmp_path: Path) -> None:
+    make(tmp_path, "llama")
+    words = command(tmp_path, format="nvfp4", quant_cfg="NVFP4_DEFAULT_CFG", skip="qat", eval_samples=2)
+    result = CliRunner().invoke(main, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    rows = {row["name"]: row["loss"] for row in json.loads(result.stdout)["rows"]}
+    assert rows["exported"] == rows["sft + ptq nvfp4"]
+    card = (tmp_path / "out" / "export" / "README.md").read_text()
+    assert "model, quantised to NVFP4" in card
+    with fp4conv.open(tmp_path / "out" / "export") as exported:
+        scales = [name for name in exported.model.calibration if name.endswith("input_scale")]
+        assert len(scales) == 2 * 7  # layers, and linear layers in each
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("model/run", "lies in the model"), ("data/run", "lies in the dataset"), ("out/report.json/run", "is a file")],
+)
+def test_places_that_a_run_does_not_write_to(tmp_path: Path, done: Run, output: str, message: str) -> None:
+    result = CliRunner().invoke(main, command(done.root, format="mxfp4", output=done.root / output))
+    assert result.exit_code == 1
+    assert message in result.output
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Ctrl-C after a step of training."""
 
@@ -273,6 +339,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         ({"backend": "modelopt"}, "--backend fp4conv"),
         ({"quant_cfg": "MXFP4_DEFAULT_CFG"}, "only the experts are quantised"),
         ({"include": "*.nothing"}, "matches no module"),
+        ({"format": "nvfp4", "quant_cfg": "NVFP4_DEFAULT_CFG", "skip": "calibrate"}, "whose scales calibration finds"),
         ({"lora": True, "lora_experts": False, "lora_modules": "none"}, "no layer matches lora_modules none"),
     ],
 )

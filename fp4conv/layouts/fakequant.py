@@ -145,6 +145,11 @@ def _trained(model: Model, state: Mapping[str, Quantizer], buffers: Mapping[str,
     return trained
 
 
+def input_targets(quantizer: str, names: set[str]) -> Iterator[str]:
+    """The weights of `names` whose inputs go through `quantizer`, as training names it; none where it is of weights."""
+    return _targets(quantizer.removeprefix("module."), "input", names)
+
+
 def _targets(quantizer: str, kind: str, names: set[str]) -> Iterator[str]:
     """The weights whose `kind` ('weight' or 'input') goes through this quantiser."""
     if found := _EXPERT_QUANTIZER.fullmatch(quantizer):

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp4conv.errors import PlanError, SourceError, UsageError
+from fp4conv.formats import NVFP4
 from fp4conv.model import FLOAT_DTYPES, Model, Stored, Weight
 from fp4conv.planner import Options, make_plan
 from fp4conv.qat.adapters import targets_of
 from fp4conv.qat.models import attention_of, parsed
 from fp4conv.qat.quantising import recipe_of
+from fp4conv.qat.recipes import SCHEMES
 from fp4conv.qat.steps import dense_format, selection
 from fp4conv.qat.targets import Target, checkpoint_modules, choose
 from fp4conv.safetensors_io import TensorRef, TensorSpec
@@ -28,6 +30,16 @@ if TYPE_CHECKING:
 
     from fp4conv.qat.data import Data
     from fp4conv.qat.settings import Settings
+
+
+def check_skipped(settings: Settings) -> None:
+    """UsageError where inputs are quantised in NVFP4, and nothing says how far they reach."""
+    scheme = SCHEMES.get((settings.quant_cfg or "").removesuffix(".yaml").removesuffix(".yml"))
+    if "calibrate" in settings.skip and settings.format == NVFP4.name and scheme is not None and scheme.inputs:
+        raise UsageError(
+            f"--skip calibrate, but {settings.quant_cfg} quantises inputs, whose scales calibration finds",
+            hint="calibrate, or train weights only: leave --quant-cfg out",
+        )
 
 
 def check_scheduler(settings: Settings) -> None:

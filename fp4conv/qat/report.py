@@ -141,14 +141,18 @@ def card(report: Report) -> str:
     """README.md of the exported checkpoint, with the front matter that the Hub reads."""
     settings = report.settings
     base = str(settings.model)
-    front = ["---", "library_name: transformers", "tags: [fp4conv, " + str(settings.format) + ", qat]"]
-    if "/" in base and not Path(base).exists():
-        front += [f"base_model: {base}", "base_model_relation: quantized"]
+    front = [
+        "---",
+        "library_name: transformers",
+        "tags: [fp4conv, " + str(settings.format) + ("]" if "qat" in settings.skip else ", qat]"),
+    ]
+    if (repository := _repository(base)) is not None:
+        front += [f"base_model: {repository}", "base_model_relation: quantized"]
     lines = [
         *front,
         "---",
         "",
-        f"# {Path(base).name}, trained for {str(settings.format).upper()}",
+        f"# {_title(settings)}",
         "",
         f"{_how(report)} by fp4conv {__version__}.",
         "",
@@ -158,6 +162,20 @@ def card(report: Report) -> str:
         f"- {report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _repository(model: str) -> str | None:
+    """'org/name' of a model on the Hub, without revision or folder; None for a local one."""
+    if Path(model).exists():
+        return None
+    name = "/".join(model.removeprefix("hf://").split("/")[:2]).partition("@")[0]
+    return name if "/" in name else None
+
+
+def _title(settings: Settings) -> str:
+    model = str(settings.model)
+    name = (_repository(model) or Path(model).resolve().name).rpartition("/")[2]
+    return f"{name}, {'quantised to' if 'qat' in settings.skip else 'trained for'} {str(settings.format).upper()}"
 
 
 def _how(report: Report) -> str:
@@ -199,7 +217,7 @@ def page(report: Report) -> str:
     rows = "".join(_row(row, "td") for row in report.cells())
     settings = "".join(_row((name, json.dumps(value)), "td") for name, value in report.settings.values().items())
     facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in [*report.facts(), report.machine])
-    title = f"{Path(str(report.settings.model)).name} trained for {report.settings.format}"
+    title = _title(report.settings)
     return _PAGE.format(
         title=html.escape(title), head=_row(_HEADS, "th"), rows=rows, facts=facts, plot=plot, settings=settings
     )

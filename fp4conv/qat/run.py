@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING
 from fp4conv.errors import OutputError, ResumeError, UsageError
 from fp4conv.model import JSON
 from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
+from fp4conv.qat.unchanged import INPUTS, check_unchanged
 from fp4conv.staging.journal import JOURNAL_NAME, Journal
+from fp4conv.staging.places import nearest_existing
 
 if TYPE_CHECKING:
     from fp4conv.qat.report import Report
@@ -44,12 +47,15 @@ def run(settings: Settings, command: str, tell: Tell | None) -> Report:
     from fp4conv.qat.work import Work
 
     root = Path(str(settings.output))
+    _check_place(root, settings)
     work = Work(settings, tell, _pins(root))
     work.check()
     _make(root)
     with closing(Journal(root / JOURNAL_NAME)) as journal:
         _begin(journal, root, settings, command, work.pins)
-        return work.run(Done(journal))
+        done = Done(journal)
+        check_unchanged(done.once(INPUTS, lambda: work.inputs), work.inputs, root)
+        return work.run(done)
 
 
 @dataclass
@@ -61,7 +67,7 @@ class Done:
     @property
     def seconds(self) -> dict[str, float]:
         """What each step took."""
-        found = {step: facts["seconds"] for step, facts in self.journal.finished.items()}
+        found = {step: facts["seconds"] for step, facts in self.journal.finished.items() if step != INPUTS}
         return {step: float(seconds) for step, seconds in found.items() if isinstance(seconds, (int, float))}
 
     def once(self, step: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:
@@ -98,6 +104,19 @@ def check_packages(settings: Settings) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}", hint="pip install 'fp4conv[qat]'")
+
+
+def _check_place(root: Path, settings: Settings) -> None:
+    """OutputError where the run would write into its model or its dataset, or could not write at all."""
+    for name in ("model", "dataset"):
+        place = Path(str(getattr(settings, name)))
+        if place.is_dir() and root.resolve().is_relative_to(place.resolve()):
+            raise OutputError(f"lies in the {name}, which is only read", where=str(root), hint="give another --output")
+    there = nearest_existing(root.absolute())
+    if not there.is_dir():
+        raise OutputError("is a file, expected a folder", where=str(there), hint="give another --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError("cannot be written to", where=str(there), hint="give another --output")
 
 
 def _make(root: Path) -> None:

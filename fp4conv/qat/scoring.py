@@ -118,7 +118,7 @@ class Scoring:
     def exported(self, *, inputs: bool = True) -> transformers.PreTrainedModel:
         """The exported checkpoint, loaded again; with `inputs` under the input quantisers of its training, if any."""
         model = self._loaded_again(self.places.export)
-        if inputs and (self.places.qat / "model").is_dir():
+        if inputs:
             self._put_inputs(model)
         return model
 
@@ -138,7 +138,7 @@ class Scoring:
 
     def _ptq(self, name: str) -> transformers.PreTrainedModel:
         out = self.places.ptq / name
-        quantise(self.tuned, out, name, self.settings, self._selected(name))
+        quantise(self.tuned, out, name, self.settings, chosen=self._selected(name))
         model = self._loaded_again(out)
         shutil.rmtree(self.places.ptq)
         if name == self.settings.format:

@@ -12,8 +12,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from fp4conv.commands.convert import convert
 from fp4conv.errors import PlanError, UsageError
+from fp4conv.layouts.fakequant import input_targets
 from fp4conv.model import Stored
 from fp4conv.qat import launch
 from fp4conv.qat.backend import Batch
@@ -22,6 +26,7 @@ from fp4conv.qat.checks import check_forward, check_saved, check_shared
 from fp4conv.qat.data import load_data
 from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
+from fp4conv.qat.state import read_state
 from fp4conv.qat.train import CHECKPOINTS, SAVED, Job, Trained
 
 if TYPE_CHECKING:
@@ -149,7 +154,12 @@ def _keep(source: Path, out: Path, settings: Settings) -> None:
         merge_rounding="training" if settings.lora else None,
     )
     check_saved(model, source)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def tidy(out: Path, settings: Settings) -> None:
+    """Remove what nobody needs once a training step is done: checkpoints, and the model as the trainer saved it."""
+    for name in (CHECKPOINTS, *(() if settings.lora else (SAVED,))):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def export(source: Path, places: Places, settings: Settings, names: tuple[str, ...]) -> None:
@@ -158,10 +168,30 @@ def export(source: Path, places: Places, settings: Settings, names: tuple[str, .
     if trained:
         shutil.copytree(places.quantizers, source, dirs_exist_ok=True)
     chosen = None if trained else selection(parsed(source), names)
-    quantise(source, places.export, str(settings.format), settings, chosen)
+    inputs = "stored" if trained else _input_scales(source, places)
+    quantise(source, places.export, str(settings.format), settings, chosen=chosen, input_scales=inputs)
 
 
-def quantise(source: Path, out: Path, to: str, settings: Settings, chosen: Selected | None) -> None:
+def _input_scales(source: Path, places: Places) -> str:
+    """The file of what calibration saw of inputs, for `convert`; 'stored', which is none, where it saw nothing."""
+    quantizers, amax = read_state(places.quantizers)
+    modules = {weight.name: weight.module for weight in parsed(source).weights}
+    found = {
+        f"{modules[weight]}.input_amax": np.asarray(amax[f"{name}._amax"], np.float32).reshape(())
+        for name in quantizers
+        if f"{name}._amax" in amax
+        for weight in input_targets(name, set(modules))
+    }
+    if not found:
+        return "stored"
+    file = places.quantizers / "inputs.safetensors"
+    save_file(found, file)
+    return str(file)
+
+
+def quantise(
+    source: Path, out: Path, to: str, settings: Settings, *, chosen: Selected | None, input_scales: str = "stored"
+) -> None:
     """Convert the dense model in `source` to the block format `to`: what `chosen` says, or what training did."""
     convert(
         source,
@@ -171,6 +201,7 @@ def quantise(source: Path, out: Path, to: str, settings: Settings, chosen: Selec
         modules="all" if chosen else None,
         include=chosen.taken if chosen else (),
         exclude=chosen.left if chosen else (),
+        input_scales=input_scales,
         hints=False,
         max_memory=settings.max_memory,
         overwrite=out.exists(),

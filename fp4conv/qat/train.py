@@ -17,6 +17,7 @@ import torch
 from fp4conv.qat.adamw import Float32AdamW
 from fp4conv.qat.adapters import with_adapters
 from fp4conv.qat.data import Data, load_data
+from fp4conv.qat.divergence import check_finite, divergence
 from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
 from fp4conv.qat.progress import progress
 from fp4conv.qat.quantising import backend_of
@@ -68,6 +69,8 @@ def train(job: Job, settings: Settings) -> Trained:
     with peak_memory() as peak:
         trainer = _trainer(job, settings, tokenizer, data)
         trainer.train(resume_from_checkpoint=_last_checkpoint(Path(job.out)))
+        if not distributed():  # where a parameter is in one piece
+            check_finite(trainer.model, job.kind)
         trainer.save_model(str(Path(job.out) / SAVED))
     state = trainer.state
     trained = Trained(
@@ -114,6 +117,7 @@ def _trainer(
         optimizer_cls_and_kwargs=_optimizer(arguments, settings),
     )
     made.remove_callback(PrinterCallback)
+    made.add_callback(divergence(job.kind))
     if not job.quiet:
         made.add_callback(progress(job.kind))
     return made
@@ -161,6 +165,7 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
         packing=settings.packing,
         logging_steps=settings.logging_steps,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
         save_total_limit=1,

@@ -13,6 +13,7 @@ from fp4conv.errors import UsageError
 from fp4conv.model import JSON
 from fp4conv.qat import admission, steps
 from fp4conv.qat.data import load_data
+from fp4conv.qat.disk import check_disk, disk_of
 from fp4conv.qat.evaluate import Score
 from fp4conv.qat.machine import machine
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
@@ -20,6 +21,7 @@ from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.report import Report, versions, write_report
 from fp4conv.qat.scoring import Scoring, rows_of
 from fp4conv.qat.train import Trained
+from fp4conv.qat.unchanged import inputs_of
 from fp4conv.sources import folder_of
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class Work:
                 hint="leave --gpus out to train in one process",
             )
         backend_of(settings).check(recipe_of(settings))
+        admission.check_skipped(settings)
         admission.check_scheduler(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
@@ -67,6 +70,9 @@ class Work:
             self._tell(f"warning: {data.repeated:,} held-out examples are among those to train on too")
         admission.check_model(self._source, settings, data)
         self._upcasts = steps.needs_upcast(model, settings)
+        need = disk_of(model.parameters, len(data.train), settings, upcasts=self._upcasts)
+        self._tell(check_disk(need, self._places.root))
+        self.inputs = inputs_of(model, settings, data)
 
     def run(self, done: Done) -> Report:
         settings, places = self._settings, self._places
@@ -81,6 +87,7 @@ class Work:
                 done, "sft", "fine-tuning", lambda: asdict(steps.sft(base, places, settings, quiet=self._quiet))
             )
             curves["sft"], tuned = _trained(facts), places.sft / "model"
+            steps.tidy(places.sft, settings)
         quantised = self._once(
             done, "calibrate", "putting fake quantisers on", lambda: asdict(steps.calibrate(tuned, places, settings))
         )
@@ -91,6 +98,7 @@ class Work:
                 done, "qat", "training them on", lambda: asdict(steps.qat(tuned, places, settings, quiet=self._quiet))
             )
             curves["qat"], last = _trained(facts), places.qat / "model"
+            steps.tidy(places.qat, settings)
         scoring = Scoring(base, tuned, places, settings, names)
         comparison: Mapping[str, JSON] | None = None
         if "export" not in settings.skip:
