@@ -13,8 +13,13 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
+from fp4conv.errors import PlanError
 from fp4conv.qat import steps
+from fp4conv.qat.admission import check_packing
+from fp4conv.qat.backend import Recipe, open_backend
+from fp4conv.qat.in_force import check_in_force
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.settings import settings_from
 
@@ -50,3 +55,65 @@ def test_calibration_sees_no_padding(tmp_path: Path) -> None:
         for text in set(texts):
             model(torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]))
     assert float(found["model.layers.0.self_attn.q_proj.input_quantizer._amax"]) == pytest.approx(max(seen))
+
+
+# ---- what the forward pass goes through
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "llama", "qwen3-moe"])
+@pytest.mark.parametrize("format_name", ["mxfp4", "nvfp4"])
+def test_quantisers_are_in_force(tmp_path: Path, family: str, format_name: str) -> None:
+    write_model(tmp_path, TASK, family=family)
+    model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
+    batch = {"input_ids": torch.arange(12)[None] + 3}
+    backend.prepare(model, Recipe(format_name))
+    if format_name == "nvfp4":
+        backend.calibrate(model, [batch])
+    check_in_force(model, backend, batch)
+
+
+def test_a_weight_that_is_read_past_its_quantiser_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused kernel takes weights out of their modules; the codec's comparison cannot see it."""
+
+    def fused(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return torch.nn.functional.linear(hidden, self.down_proj.weight)
+
+    monkeypatch.setattr(LlamaMLP, "forward", fused)
+    write_model(tmp_path, TASK, family="llama")
+    model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
+    backend.prepare(model, Recipe("mxfp4"))
+    with pytest.raises(PlanError, match=r"past its quantiser, such as model\.layers\.0\.mlp\.down_proj"):
+        check_in_force(model, backend, {"input_ids": torch.arange(12)[None] + 3})
+
+
+def packed_and_alone(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a text after another in one pack, and by itself."""
+    first, second = torch.tensor([[1, 5, 6, 7, 8]]), torch.tensor([[1, 9, 10]])
+    places = torch.cat([torch.arange(5), torch.arange(3)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=torch.cat([first, second], 1), position_ids=places, use_cache=False).logits[:, 5:]
+        return packed, model(input_ids=second).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("gpt-oss", "eager"),
+        *((family, attention) for family in ("llama", "qwen3-moe") for attention in ("eager", "sdpa")),
+    ],
+)
+def test_packed_examples_see_one_another_only_where_packing_is_refused(
+    tmp_path: Path, family: str, attention: str
+) -> None:
+    write_model(tmp_path, TASK, family=family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=attention).eval()
+    packed, alone = packed_and_alone(model)
+    settings = settings_from({"packing": True, "attn_implementation": attention})
+    if torch.allclose(packed, alone, atol=1e-5):
+        check_packing(model, settings)
+    else:
+        with pytest.raises(PlanError, match="--no-packing"):
+            check_packing(model, settings)
+    check_packing(model, settings_from({"attn_implementation": attention}))
+    check_packing(model, settings_from({"packing": True, "attn_implementation": "kernels-community/vllm-flash-attn3"}))

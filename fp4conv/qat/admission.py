@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from fp4conv.qat.data import Data
     from fp4conv.qat.settings import Settings
 
+# Its masks are made without position_ids, from which others see where an example of a pack ends.
+_MASKS_NO_PACKS = frozenset({"gpt_oss"})
+
 
 def check_skipped(settings: Settings) -> None:
     """UsageError where inputs are quantised in NVFP4, and nothing says how far they reach."""
@@ -62,10 +65,24 @@ def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, source: Pat
         )
 
 
+def check_packing(model: transformers.PreTrainedModel, settings: Settings) -> None:
+    """PlanError where tokens of one packed example would attend to those of another."""
+    kernel = attention_of(model.config, settings) or ""
+    if settings.packing and model.config.model_type in _MASKS_NO_PACKS and "flash" not in kernel:
+        raise PlanError(
+            f"transformers' {model.config.model_type} masks by place alone, so that packed examples would see one "
+            f"another under {kernel} attention",
+            where=str(settings.model),
+            hint="--no-packing, or a flash attention, which is told where examples end: "
+            "--attn-implementation kernels-community/vllm-flash-attn3",
+        )
+
+
 def check_model(source: Path, settings: Settings, data: Data) -> None:
     """Raise what loading, training, LoRA and the export would of the model in `source`, in whatever format it is."""
     model = empty_model(source, settings)
     check_vocabulary(model, data, settings)
+    check_packing(model, settings)
     if settings.lora:
         targets_of(model, settings, ())
     if settings.backend == "modelopt" and settings.quant_cfg is not None:

@@ -21,6 +21,7 @@ from fp4conv.model import JSON
 from fp4conv.qat.checks import check_exported
 from fp4conv.qat.data import held_out
 from fp4conv.qat.evaluate import Score, batches, evaluate
+from fp4conv.qat.in_force import bake
 from fp4conv.qat.models import free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of
 from fp4conv.qat.steps import Places, Selected, dense_format, quantise, selection
@@ -129,11 +130,8 @@ class Scoring:
 
     def _baked(self) -> transformers.PreTrainedModel:
         """The same with the values of the forward pass in place of the masters: they need not be made at each token."""
-        model, backend = self._fake_quantised(), backend_of(self.settings)
-        with torch.no_grad():
-            for name, values in backend.weights(model):
-                model.get_parameter(name).copy_(values)
-        backend.set_weights(model, False)
+        model = self._fake_quantised()
+        bake(model, backend_of(self.settings))
         return model
 
     def _ptq(self, name: str) -> transformers.PreTrainedModel:

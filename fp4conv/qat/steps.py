@@ -24,6 +24,7 @@ from fp4conv.qat.backend import Batch
 from fp4conv.qat.calibrating import one_by_one
 from fp4conv.qat.checks import check_forward, check_saved, check_shared
 from fp4conv.qat.data import load_data
+from fp4conv.qat.in_force import check_in_force
 from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.state import read_state
@@ -123,6 +124,7 @@ def calibrate(source: Path, places: Places, settings: Settings) -> Calibrated:
     check_shared(backend.quantized(model))
     report = check_forward(backend.quantized(model))
     backend.save(model, _anew(places.quantizers))
+    check_in_force(model, backend, next(_calibration(source, settings)))
     del model
     free()
     return Calibrated(names, report.values, tuple(report.notes))

@@ -1,0 +1,68 @@
+"""Whether a forward pass uses the quantised values, all of them and nothing else.
+
+A quantiser can be right and yet be passed by: where a model reads a weight outside of the module that holds it, as
+fused kernels do, training would see the master. So the logits of the fake-quantised model are compared with those of
+the same model with the quantised values put in place of its masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fp4conv.errors import PlanError
+from fp4conv.qat.backend import Backend, Batch
+
+
+def bake(model: torch.nn.Module, backend: Backend) -> None:
+    """Put the values of the forward pass in place of the masters, and switch the weight quantisers off."""
+    with torch.no_grad():
+        for name, values in backend.weights(model):
+            model.get_parameter(name).copy_(values)
+    backend.set_weights(model, False)
+
+
+def check_in_force(model: torch.nn.Module, backend: Backend, batch: Batch) -> None:
+    """PlanError where some path of the forward pass over `batch` goes past a weight's quantiser. `model` is baked.
+
+    Two passes over the same values may differ where a device adds in another order each time; as much is let pass.
+    """
+    with _idle(model) as idle:
+        first = _logits(model, batch)
+    noise = _largest(first, _logits(model, batch))
+    bake(model, backend)
+    found = _largest(first, _logits(model, batch))
+    if found > 2 * noise:
+        named = f", such as {min(idle)}" if idle else ""
+        raise PlanError(
+            f"its logits change by {found:.3g} when quantised weights take the masters' place: the forward pass reads "
+            f"a weight past its quantiser{named}, and training would too",
+            where=type(model).__name__,
+            hint="leave that module out with --exclude 'GLOB', or choose another --attn-implementation",
+        )
+
+
+def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**batch).logits.float()
+    return found
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@contextmanager
+def _idle(model: torch.nn.Module) -> Iterator[set[str]]:
+    """The weight quantisers of `model` that have not run since it began."""
+    idle = {name for name, _ in model.named_modules() if "weight_quantizer" in name.rpartition(".")[2]}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: idle.discard(name)) for name in idle
+    ]
+    try:
+        yield idle
+    finally:
+        for handle in handles:
+            handle.remove()
