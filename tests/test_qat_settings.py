@@ -68,6 +68,13 @@ def test_the_published_learning_rates_are_the_defaults() -> None:
     assert Settings().gradient_checkpointing
 
 
+@pytest.mark.parametrize(("name", "examples"), [("gpt-oss-20b", 2 * 2 * 8), ("gpt-oss-120b-lora", 1 * 16 * 1)])
+def test_presets_take_the_published_examples_a_step(name: str, examples: int) -> None:
+    """Examples a device, accumulation and processes of NVIDIA's sft_full.yaml with zero3.yaml, and of sft_lora.yaml."""
+    made = settings_of({}, preset_name=name)
+    assert made.batch_size * made.gradient_accumulation * made.gpus == examples
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid(name: str) -> None:
     made = settings_of({}, preset_name=name)

@@ -167,7 +167,7 @@ PRESETS: Mapping[str, Preset] = {
             "attn_implementation": "eager",
             "lora": True,
             "batch_size": 1,
-            "gradient_accumulation": 16,
+            "gradient_accumulation": 2,  # 16 examples a step, as published, where one process has all GPUs
             "gpus": 8,
         },
     ),
