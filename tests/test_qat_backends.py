@@ -7,6 +7,7 @@ ModelOpt's own. scripts/compare_cuda compares the kernels themselves.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from checkpoints import array_of, read_raw
 from safetensors.numpy import load_file
 
 import fp4conv
+from fp4conv import training_state
 from fp4conv.errors import PlanError, SourceError, UsageError, ValuesError
 from fp4conv.qat import modelopt as modelopt_backend
 from fp4conv.qat.backend import Backend, Recipe, open_backend
@@ -65,6 +67,26 @@ def prepared(backend: Backend, model: torch.nn.Module, recipe: Recipe) -> torch.
     return model
 
 
+def check_input_scales(trained: Path, exported: Path) -> None:
+    """What servers scale inputs by is what training froze, for every input quantiser and every tensor."""
+    suffix = "input_quantizer._amax"
+    state = trained / training_state.AMAX
+    stored = load_file(state) if state.exists() else {}
+    amax = {key: value for key, value in stored.items() if key.endswith(suffix)}
+    raw, used = read_raw(exported), set()
+    for key in raw:
+        if not key.endswith("input_scale"):
+            continue
+        module = key.removesuffix("input_scale")[:-1]
+        expert = re.fullmatch(r"(.+\.experts)\.\d+\.(gate|up|down)_proj", module)
+        stem = (
+            f"{expert[1]}.{'down' if expert[2] == 'down' else 'gate_up'}_proj_" if expert else module + key[len(module)]
+        )
+        assert array_of(raw[key]).reshape(()) == np.float32(amax[stem + suffix] / np.float32(2688)), key
+        used.add(stem + suffix)
+    assert used == amax.keys()
+
+
 def round_trip(backend: Backend, source: Path, recipe: Recipe, folder: Path) -> torch.nn.Module:
     """Prepare, check, save, export, load again; every check must hold. Returns the prepared model."""
     model = prepared(backend, load(source), recipe)
@@ -79,6 +101,7 @@ def round_trip(backend: Backend, source: Path, recipe: Recipe, folder: Path) -> 
     result = fp4conv.convert(folder / "trained", folder / "out", to=recipe.format_name)
     assert not any("other values" in warning for warning in result.warnings)
     assert check_exported(backend.quantized(model), folder / "out") == report
+    check_input_scales(folder / "trained", folder / "out")
     again = load(folder / "trained")
     plain = logits(again)
     backend.load(again, folder / "trained")

@@ -1,0 +1,56 @@
+"""One training run: the steps that it takes, and the learning rate of each, by the published schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+from fp4conv.qat import steps
+from fp4conv.qat.made import Task, write_model
+from fp4conv.qat.settings import settings_from
+from fp4conv.qat.train import CHECKPOINTS, Job, train
+
+EXAMPLES, STEPS, WARM_UP = 24, 12, 3
+
+
+def published(step: int, peak: float) -> float:
+    """A line up to `peak` over the warm-up, then half a cosine down to a tenth of it."""
+    if step < WARM_UP:
+        return peak * step / WARM_UP
+    progress = (step - WARM_UP) / (STEPS - WARM_UP)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("sft", 3e-4), ("qat", 7e-5)])
+def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, peak: float) -> None:
+    task = Task(rules=2, prime=7, length=2)
+    write_model(tmp_path / "model", task, family="llama")
+    rows = [{"prompt": f"rule1 {i % 7}", "completion": f" {i % 5} {i % 3}"} for i in range(EXAMPLES)]
+    (tmp_path / "data").mkdir()
+    for split, some in (("train", rows), ("test", rows[:2])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    settings = settings_from(
+        {
+            **{"dataset": str(tmp_path / "data"), "format": "mxfp4", "backend": "fp4conv"},
+            **{"batch_size": 2, "gradient_accumulation": 3, "warmup": WARM_UP / STEPS, "logging_steps": 1},
+            **{"sft_learning_rate": 3e-4, "qat_learning_rate": 7e-5, "sft_epochs": 3, "qat_epochs": 3},
+            "save_steps": STEPS,
+        }
+    )
+    places = steps.Places(tmp_path / "out")
+    steps.calibrate(tmp_path / "model", places, settings)
+    out = tmp_path / kind
+    out.mkdir()
+    quantizers = str(places.quantizers) if kind == "qat" else None
+    trained = train(Job(kind, str(tmp_path / "model"), str(out), quantizers), settings)
+    assert trained.steps == STEPS
+    # A prompt is <s>, a rule and a start, a completion two numbers and </s>.
+    assert trained.tokens == 3 * EXAMPLES * 6
+    state = json.loads((out / CHECKPOINTS / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates == pytest.approx([published(step, peak) for step in range(STEPS)])
