@@ -16,7 +16,7 @@ import transformers
 import fp4conv
 from fp4conv.errors import Fp4convError
 from fp4conv.qat import admission
-from fp4conv.qat.data import Data, Example
+from fp4conv.qat.data import Example
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.models import load_tokenizer
 from fp4conv.qat.settings import settings_from
@@ -32,7 +32,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-DATA = Data("text", (Example((1, 5, 2), 0),), (Example((1, 5, 2), 0),))
+EXAMPLE = Example((1, 5, 2), 0)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,6 @@ def test_a_token_without_an_embedding(models: Path) -> None:
     model = admission.empty_model(models / "llama", settings)
     count = model.get_input_embeddings().weight.shape[0]
     assert model.device == torch.device("meta")
-    admission.check_vocabulary(model, Data("text", (Example((1, count - 1), 0),), DATA.test), settings)
+    admission.check_vocabulary(model, [Example((1, count - 1), 0), EXAMPLE], settings)
     with pytest.raises(Fp4convError, match=f"its tokenizer gives token {count}, and there are {count} embeddings"):
-        admission.check_vocabulary(model, Data("text", DATA.train, (Example((1, count), 0),)), settings)
+        admission.check_vocabulary(model, [EXAMPLE, Example((1, count), 0)], settings)

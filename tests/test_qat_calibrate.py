@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import array_of, config_of, read_raw
 from click.testing import CliRunner, Result
+from hub_server import Hub
 from safetensors.numpy import load_file
 
 import fp4conv
@@ -171,6 +172,15 @@ def test_words_and_json(reference: Reference, tmp_path: Path, data: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.safetensors", "data.jsonl"]
 
 
+def test_a_model_on_the_hub_is_taken_at_the_revision_that_was_asked_for(
+    hub: Hub, reference: Reference, tmp_path: Path, data: Path
+) -> None:
+    commit = hub.add("owner/tiny", reference("llama-bf16"))
+    hub.change("owner/tiny", {"config.json": b"{}"})
+    file = tmp_path / "amax.safetensors"
+    assert fp4conv.calibrate(f"owner/tiny@{commit}", dataset=data, output=file).inputs == 14
+
+
 # ---- what is refused
 
 
@@ -197,6 +207,10 @@ def test_wrong_words_are_found_before_the_model_is_loaded(
         fp4conv.calibrate(model, dataset=data, output=tmp_path)
     with pytest.raises(PlanError, match=r"are nvfp4[^$]*--to bf16"):
         fp4conv.calibrate(reference("llama-nvfp4-default"), dataset=data, output=file)
+    with pytest.raises(PlanError, match="transformers cannot make this model"):
+        fp4conv.calibrate(model, dataset=data, output=file, attn_implementation="none")
+    with pytest.raises(OutputError, match="cannot be written"):
+        fp4conv.calibrate(model, dataset=data, output="/proc/amax.safetensors")
     assert not file.exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from fp4conv.errors import OutputError, PlanError, UsageError
 from fp4conv.layouts import parse
 from fp4conv.model import JSON, Model, Stored
 from fp4conv.qat.settings import Settings
-from fp4conv.sources import open_source
+from fp4conv.sources import folder_of, open_source
 
 _NEEDED = ("torch", "transformers", "datasets")
 
@@ -60,11 +61,6 @@ def calibrate(
     _check_output(target, overwrite)
     _check_packages()
     parsed = parse(open_source(model))
-    if not Path(model).is_dir() and ("://" in str(model) or "@" in str(model)):
-        raise UsageError(
-            f"{model}: transformers, which runs the model, takes a folder or a plain Hub id",
-            hint="download this revision first, and give its folder: hf download ORG/NAME --local-dir DIR",
-        )
     _check_format(parsed, str(model))
     settings = Settings(
         model=str(model),
@@ -76,7 +72,8 @@ def calibrate(
         attn_implementation=attn_implementation,
     )
     started = time.monotonic()
-    amax, samples, tokens = _observed(settings, parsed, kv_cache, tell or (lambda done, of: None))
+    folder = folder_of(model, pins=parsed.pins)
+    amax, samples, tokens = _observed(folder, settings, parsed, kv=kv_cache, tell=tell or (lambda done, of: None))
     _write(target, amax)
     inputs = sum(name.endswith(".input_amax") for name in amax)
     seconds = time.monotonic() - started
@@ -86,21 +83,22 @@ def calibrate(
 
 
 def _observed(
-    settings: Settings, parsed: Model, kv: bool, tell: Callable[[int, int], None]
+    folder: Path, settings: Settings, parsed: Model, *, kv: bool, tell: Callable[[int, int], None]
 ) -> tuple[dict[str, float], int, int]:
     """(amax by name, examples, tokens)."""
+    from fp4conv.qat.admission import check_vocabulary, empty_model
     from fp4conv.qat.calibrating import looked_at, observe, one_by_one
     from fp4conv.qat.data import first_examples
     from fp4conv.qat.models import load_model, load_tokenizer, quiet
 
     quiet()
-    folder = Path(str(settings.model))
     examples = first_examples(settings, load_tokenizer(folder), settings.calib_samples)
     if not examples:
         raise UsageError("no example has a token", where=str(settings.dataset))
+    empty = empty_model(folder, settings)
+    check_vocabulary(empty, examples, settings)
+    _check_names(looked_at(empty), parsed)
     loaded = load_model(folder, settings)
-    _check_names(looked_at(loaded), parsed)
-
     batches = one_by_one([example.ids for example in examples], loaded.device, tell)
     return observe(loaded, batches, kv=kv), len(examples), sum(len(example.ids) for example in examples)
 
@@ -114,6 +112,13 @@ def _check_output(target: Path, overwrite: bool) -> None:
         raise OutputError("exists already", where=str(target), hint="give another name, or --overwrite")
     if not target.parent.is_dir():
         raise OutputError("its folder does not exist", where=str(target), hint=f"make it: mkdir -p {target.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot be written: {error.strerror}", where=str(target), hint="give another FILE"
+        ) from error
 
 
 def _check_packages() -> None:
@@ -148,8 +153,12 @@ def _check_names(modules: Iterable[str], model: Model) -> None:
 
 
 def _write(target: Path, amax: dict[str, float]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     partial = target.with_name(f".{target.name}.partial")
-    save_file({name: np.asarray(value, np.float32) for name, value in sorted(amax.items())}, partial)
-    partial.replace(target)
+    try:
+        partial.write_bytes(save({name: np.asarray(value, np.float32) for name, value in sorted(amax.items())}))
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot be written: {error.strerror}", where=str(target)) from error

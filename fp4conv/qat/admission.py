@@ -6,6 +6,7 @@ is left to the step that calibrates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from fp4conv.selection import Selection
 if TYPE_CHECKING:
     import transformers
 
-    from fp4conv.qat.data import Data
+    from fp4conv.qat.data import Data, Example
     from fp4conv.qat.settings import Settings
 
 # Its masks are made without position_ids, from which others see where an example of a pack ends.
@@ -81,7 +82,7 @@ def check_packing(model: transformers.PreTrainedModel, settings: Settings) -> No
 def check_model(source: Path, settings: Settings, data: Data) -> None:
     """Raise what loading, training, LoRA and the export would of the model in `source`, in whatever format it is."""
     model = empty_model(source, settings)
-    check_vocabulary(model, data, settings)
+    check_vocabulary(model, (*data.train, *data.test), settings)
     check_packing(model, settings)
     if settings.lora:
         targets_of(model, settings, ())
@@ -130,14 +131,14 @@ def _check_causal(config: transformers.PreTrainedConfig, source: Path) -> None:
         raise PlanError(
             f"is a {names[0]}; expected a causal language model, which generates text",
             where=str(source),
-            hint="qat trains models such as LlamaForCausalLM; to quantise this one as it is: fp4conv convert",
+            hint="this takes models such as LlamaForCausalLM; to quantise this one as it is: fp4conv convert",
         )
 
 
-def check_vocabulary(model: transformers.PreTrainedModel, data: Data, settings: Settings) -> None:
+def check_vocabulary(model: transformers.PreTrainedModel, examples: Sequence[Example], settings: Settings) -> None:
     """PlanError where the tokenizer gives a token that the model has no embedding of."""
     have = int(model.get_input_embeddings().weight.shape[0])
-    largest = max(max(example.ids) for example in (*data.train, *data.test))
+    largest = max(max(example.ids) for example in examples)
     if largest >= have:
         raise PlanError(
             f"its tokenizer gives token {largest}, and there are {have} embeddings",
