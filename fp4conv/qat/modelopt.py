@@ -213,12 +213,12 @@ class ModelOptBackend:
 
 def missing_kernels() -> str | None:
     """Why ModelOpt's fake quantisers do not run here, or None."""
+    if not torch.cuda.is_available():  # first, for ModelOpt itself warns at length where there is none
+        return "its fake quantisers are CUDA kernels, and torch sees no GPU"
     try:
         importlib.import_module("modelopt.torch.quantization")
     except ImportError as error:
         return f"{error}; install it with: pip install 'fp4conv[qat]'"
-    if not torch.cuda.is_available():
-        return "its fake quantisers are CUDA kernels, and torch sees no GPU"
     return None
 
 

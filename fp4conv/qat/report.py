@@ -158,8 +158,8 @@ def card(report: Report) -> str:
         "",
         *_markdown(report.cells()),
         "",
-        *(f"- {fact}" for fact in report.facts()),
-        f"- {report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        *(f"- {fact}" for fact in [*report.facts(), *report.notes()]),
+        f"- {_ran_on(report)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -184,6 +184,10 @@ def _how(report: Report) -> str:
     if "qat" in settings.skip:
         return f"{tuned}, then quantised to {settings.format}"
     return f"{tuned + ', then trained' if tuned else f'Trained on `{data}`'} with {settings.format} fake quantisers"
+
+
+def _ran_on(report: Report) -> str:
+    return f"{report.machine}; {', '.join(f'{name} {version}' for name, version in report.versions.items())}"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -216,7 +220,7 @@ def page(report: Report) -> str:
     plot = figure.to_html(include_plotlyjs=True, full_html=False, config={"displaylogo": False})
     rows = "".join(_row(row, "td") for row in report.cells())
     settings = "".join(_row((name, json.dumps(value)), "td") for name, value in report.settings.values().items())
-    facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in [*report.facts(), report.machine])
+    facts = "".join(f"<li>{html.escape(fact)}</li>" for fact in [*report.facts(), *report.notes(), _ran_on(report)])
     title = _title(report.settings)
     return _PAGE.format(
         title=html.escape(title), head=_row(_HEADS, "th"), rows=rows, facts=facts, plot=plot, settings=settings

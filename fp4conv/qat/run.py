@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from fp4conv.errors import OutputError, ResumeError, UsageError
 from fp4conv.model import JSON
 from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
+from fp4conv.qat.shortages import shortages
 from fp4conv.qat.unchanged import INPUTS, check_unchanged
 from fp4conv.staging.journal import JOURNAL_NAME, Journal
 from fp4conv.staging.places import nearest_existing
@@ -55,7 +56,8 @@ def run(settings: Settings, command: str, tell: Tell | None) -> Report:
         _begin(journal, root, settings, command, work.pins)
         done = Done(journal)
         check_unchanged(done.once(INPUTS, lambda: work.inputs), work.inputs, root)
-        return work.run(done)
+        with shortages(root):
+            return work.run(done)
 
 
 @dataclass

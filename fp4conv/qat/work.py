@@ -51,7 +51,7 @@ class Work:
         if settings.gpus > 1 and torch.cuda.device_count() < settings.gpus:
             raise UsageError(
                 f"--gpus {settings.gpus}, but torch sees {torch.cuda.device_count()}",
-                hint="leave --gpus out to train in one process",
+                hint="--gpus 1 trains in one process",
             )
         backend_of(settings).check(recipe_of(settings))
         admission.check_skipped(settings)

@@ -1,0 +1,56 @@
+"""The model card and the page of a run: what they say beside the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("trl")
+
+from fp4conv.qat.evaluate import Score
+from fp4conv.qat.report import Report, card, page
+from fp4conv.qat.settings import Settings
+
+NOTE = "model.layers.0.mlp.experts.down_proj: 3 blocks have other values in training than any file can give them"
+
+
+def report(**settings: object) -> Report:
+    made = Settings(**{"model": "org/tiny", "dataset": "d.jsonl", "format": "nvfp4", **settings})  # type: ignore[arg-type]
+    calibration = {"names": ["a"], "values": 96, "notes": [NOTE]}
+    return Report(made, {"original": (Score(1.5, 8, 1, 2), 0.1)}, {}, calibration, None, {}, "a GPU", {"torch": "2.0"})  # type: ignore[arg-type]
+
+
+def front(text: str) -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(text.split("---")[1])
+    return found
+
+
+def test_what_is_told_below_is_below() -> None:
+    """The table's facts speak of notes; a reader of the card or the page has nothing else to find them in."""
+    pytest.importorskip("plotly")
+    for text in (card(report()), page(report())):
+        assert "but for what is told below" in text
+        assert text.index(NOTE) > text.index("but for what is told below")
+        assert "a GPU; torch 2.0" in text
+
+
+@pytest.mark.parametrize("model", ["org/tiny", "org/tiny@v1.0", "hf://org/tiny@main/inner"])
+def test_the_base_is_named_as_the_hub_names_it(model: str) -> None:
+    assert front(card(report(model=model)))["base_model"] == "org/tiny"
+    assert "# tiny, trained for NVFP4" in card(report(model=model))
+
+
+def test_a_model_of_a_folder_has_no_base_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = card(report(model="."))
+    assert "base_model" not in front(text)
+    assert f"# {tmp_path.name}, trained for NVFP4" in text
+
+
+def test_a_model_that_was_not_trained_on_quantisers_does_not_say_so() -> None:
+    text = card(report(skip=("qat",)))
+    assert front(text)["tags"] == ["fp4conv", "nvfp4"]
+    assert "# tiny, quantised to NVFP4" in text
+    assert front(card(report()))["tags"] == ["fp4conv", "nvfp4", "qat"]
