@@ -35,15 +35,28 @@ def see_adapters(quantized: Iterable[tuple[Target, torch.nn.Module]]) -> None:
 
 
 class _Transposed(torch.nn.Module):
-    """Experts [E, K, N], for ModelOpt's blocks run along the last axis."""
+    """Quantises experts [E, K, N], for ModelOpt's blocks run along the last axis."""
 
     def __init__(self, quantizer: torch.nn.Module) -> None:
         super().__init__()
         self.quantizer = quantizer
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        values: torch.Tensor = self.quantizer(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
+        values: torch.Tensor = _StraightThrough.apply(weight, self.quantizer)
         return values
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The gradient goes through as it lies, unclipped: ModelOpt's of such experts does."""
+
+    @staticmethod
+    def forward(ctx: object, weight: torch.Tensor, quantizer: torch.nn.Module) -> torch.Tensor:
+        values: torch.Tensor = quantizer(weight.transpose(-1, -2).contiguous()).transpose(-1, -2)
+        return values
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 class _Adapted:
