@@ -135,6 +135,26 @@ def test_recomputed_layers_train_as_kept_ones(tmp_path: Path, family: str, setti
     assert saved[True] == saved[False] != {}
 
 
+def test_an_error_among_the_experts_leaves_torchs_functions_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, places = quantised(tmp_path, "qwen3-moe", format="mxfp4", gradient_checkpointing=False)
+    seen: list[object] = []
+
+    def full(x: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append(torch.nn.functional.linear)
+        if seen[-1] is not TORCHS_OWN[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x
+
+    job = train.Job("qat", str(tmp_path / "model"), str(tmp_path / "qat"), str(places.quantizers))
+    monkeypatch.setattr("modelopt_cpu.fake_quantise", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.train(job, made)
+    assert seen[-1] is not TORCHS_OWN[0]
+    assert (torch.nn.functional.linear, torch.bmm, torch.Tensor.__matmul__) == TORCHS_OWN
+
+
 # ---- the whole of it
 
 
