@@ -78,3 +78,13 @@ def _existing(root: Path, name: str) -> Path:
     if not folder.is_dir():
         pytest.fail(f"{root} holds no {name}")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: models of tests are so small that threads cost more than they bring."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +26,11 @@ from fp4conv.sources import open_source
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Reference = Callable[[str], Path]
 TEXTS = ["one small step", "two ferries cross at dawn, and a third waits", "3 + 4 = 7 " * 9]
 BATCHES = [{"input_ids": torch.arange(40)[None] * 7 % 200}, {"input_ids": torch.arange(20)[None] * 11 % 300}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ forward pass must be that of the own backend, bit for bit; that one's goldens ar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,18 +30,9 @@ from fp4conv.qat.settings import Settings, settings_from
 Reference = Callable[[str], Path]
 
 pytestmark = [
-    pytest.mark.usefixtures("kernels_on_cpu"),
+    pytest.mark.usefixtures("kernels_on_cpu", "one_thread"),
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are so small that threads cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- adapters

@@ -80,7 +80,7 @@ class Backend(Protocol):
         """Have `model`, which got adapters after its quantisers, quantise a weight with what adapters add to it."""
 
     def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
-        """Switch the input quantisers of `model` off or on again; weights stay quantised."""
+        """Switch the quantisers of inputs and of the KV cache of `model` off or on again; weights stay quantised."""
 
     def set_weights(self, model: torch.nn.Module, enabled: bool) -> None:
         """Switch the weight quantisers of `model` off or on again; inputs stay as they are.

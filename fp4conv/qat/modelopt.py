@@ -181,10 +181,11 @@ class ModelOptBackend:
             )
 
     def set_inputs(self, model: torch.nn.Module, enabled: bool) -> None:
-        _switch((held for _, held in _held(model, "input")), enabled)
+        _switch((held.quantizer for _, held in _held(model, "input")), enabled)
+        _switch((quantizer for _, quantizer in _kv_quantizers(model)), enabled)
 
     def set_weights(self, model: torch.nn.Module, enabled: bool) -> None:
-        _switch((held for _, held in _held(model, "weight")), enabled)
+        _switch((held.quantizer for _, held in _held(model, "weight")), enabled)
 
     def trainer(self) -> type:
         return trainer_class()
@@ -290,12 +291,12 @@ def _format_of(quantizer: torch.nn.Module) -> BlockFormat | None:
     return next((BLOCK_FORMATS[name] for name, bits in SCALE_BITS.items() if bits == scale_bits), None)
 
 
-def _switch(held: Iterable[_Held], enabled: bool) -> None:
-    for each in held:
+def _switch(quantizers: Iterable[torch.nn.Module], enabled: bool) -> None:
+    for quantizer in quantizers:
         if enabled:
-            each.quantizer.enable_quant()
+            quantizer.enable_quant()
         else:
-            each.quantizer.disable_quant()
+            quantizer.disable_quant()
 
 
 def _forward_values(target: Target, master: torch.Tensor, members: list[_Held]) -> torch.Tensor:
