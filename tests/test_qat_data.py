@@ -22,6 +22,7 @@ TEMPLATE = (
 )
 TOKENIZER = tokenizer_for(WORDS)
 IDS = TOKENIZER.get_vocab()
+HELD_OUT = [10, 14, 16, 18]  # of twenty rows, a fifth
 
 
 def write(path: Path, *rows: Mapping[str, object]) -> Path:
@@ -104,6 +105,14 @@ def test_texts_are_tokenized_together(tmp_path: Path) -> None:
     found = load_data(settings_from({"dataset": str(path), "max_length": 32}), Counting())
     assert found == load(path)
     assert calls == [18, 1, 2, 1]  # prompts and distinct completions of each split
+
+
+def test_the_rows_that_are_held_out_stay_the_same_ones(tmp_path: Path) -> None:
+    """Also in the next release, which may train on from a model of this one."""
+    texts = [" ".join(f"{i:06b}".replace("0", "a").replace("1", "b")) for i in range(20)]
+    data = load(write(tmp_path / "d.jsonl", *[{"text": text} for text in texts]), test_size=0.2)
+    known = {ids(f"<s> {text} </s>"): number for number, text in enumerate(texts)}
+    assert sorted(known[example.ids] for example in data.test) == HELD_OUT
 
 
 def test_another_seed_of_training_holds_out_the_same_rows(tmp_path: Path) -> None:

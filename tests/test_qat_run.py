@@ -23,14 +23,16 @@ pytest.importorskip("trl")
 import torch
 from click.testing import CliRunner
 from hub_server import Hub
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
 
 import fp4conv
 from fp4conv.cli import main
 from fp4conv.errors import Fp4convError
-from fp4conv.qat import launch
+from fp4conv.qat import launch, steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
-from fp4conv.qat.settings import settings_from
+from fp4conv.qat.scoring import Scoring
+from fp4conv.qat.settings import read_yaml, settings_from
 from fp4conv.qat.train import Job
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
@@ -152,6 +154,19 @@ def test_the_table_has_every_model_and_the_export_scores_as_the_model_in_trainin
     card = (done.out / "export" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "| sft + qat |" in card
+
+
+def test_the_row_of_the_export_is_measured_on_the_export(tmp_path: Path, done: Run) -> None:
+    """With a head of zeros every token is as likely as any other."""
+    shutil.copytree(done.out, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "export").glob("*.safetensors")
+    tensors = load_file(file)
+    vocabulary = len(tensors["lm_head.weight"].zero_())
+    save_file(tensors, file, {"format": "pt"})
+    places = steps.Places(tmp_path / "out")
+    settings = settings_from(read_yaml(tmp_path / "out" / "qat.yaml"))
+    scoring = Scoring(done.root / "model", places.sft / "model", places, settings, ())
+    assert scoring.score("exported").loss == pytest.approx(np.log(vocabulary), rel=1e-3)
 
 
 def test_done_again_nothing_is_done_and_the_table_is_the_same(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
