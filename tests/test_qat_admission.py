@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("trl")
@@ -18,8 +21,8 @@ from fp4conv.errors import Fp4convError
 from fp4conv.qat import admission
 from fp4conv.qat.data import Example
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
-from fp4conv.qat.models import load_tokenizer
-from fp4conv.qat.settings import settings_from
+from fp4conv.qat.models import check_memory, empty_model, host_bytes, load_tokenizer, parsed, training_bytes
+from fp4conv.qat.settings import PRESETS, settings_from
 from fp4conv.qat.work import Work
 
 TASK = Task(rules=2, prime=5, length=2, held_out=2)
@@ -128,9 +131,50 @@ def test_a_tokenizer_without_an_end_of_text(models: Path, tmp_path: Path) -> Non
 
 def test_a_token_without_an_embedding(models: Path) -> None:
     settings = settings_from({"model": str(models / "llama"), "format": "mxfp4", "backend": "fp4conv"})
-    model = admission.empty_model(models / "llama", settings)
+    model = empty_model(models / "llama", settings)
     count = model.get_input_embeddings().weight.shape[0]
     assert model.device == torch.device("meta")
     admission.check_vocabulary(model, [Example((1, count - 1), 0), EXAMPLE], settings)
     with pytest.raises(Fp4convError, match=f"its tokenizer gives token {count}, and there are {count} embeddings"):
         admission.check_vocabulary(model, [EXAMPLE, Example((1, count), 0)], settings)
+
+
+def test_zero3_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    admission.check_sharing(settings_from({"gpus": 8}))
+    admission.check_sharing(settings_from({"sharding": "zero3"}))  # one process shares nothing
+    with pytest.raises(Fp4convError, match="DeepSpeed, which is not installed") as caught:
+        admission.check_sharing(settings_from({"gpus": 8, "sharding": "zero3"}))
+    assert "pip install 'fp4conv[zero3]'" in str(caught.value)
+
+
+def gpus_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=size))
+
+
+def test_what_training_takes_at_the_least(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    """gpt-oss-20b has 20.9 billion parameters: 334 GB with gradients and optimizer, in 8 x 80 GB and not in 4."""
+    twenty, preset = 20_900_000_000, settings_from(PRESETS["gpt-oss-20b"].values)
+    assert 4 * 80e9 < training_bytes(twenty, preset) < 8 * 80e9
+    assert host_bytes(twenty, preset) == 41_800_000_000
+    assert host_bytes(twenty, replace(preset, sharding="fsdp2")) == 83_600_000_000
+    large = settings_from(PRESETS["gpt-oss-120b-lora"].values)
+    assert training_bytes(117_000_000_000, large) == host_bytes(117_000_000_000, large) == 234_000_000_000
+
+    model = parsed(models / "llama")
+    count = sum(int(np.prod(weight.shape)) for weight in model.weights)
+    quantised = sum(int(np.prod(weight.shape)) for weight in model.weights if "_proj" in weight.name)
+    whole = 16 * count + 2 * 2 * quantised  # without recomputing, each of two GPUs holds what was quantised
+    settings = settings_from({"format": "mxfp4", "gpus": 2, "gradient_checkpointing": False})
+    for needed, taken in ((whole, settings), (16 * count, replace(settings, gradient_checkpointing=True))):
+        gpus_of(monkeypatch, needed // 2)
+        check_memory(model, taken)
+        gpus_of(monkeypatch, needed // 2 - 1)
+        with pytest.raises(Fp4convError, match=r"training takes at least .*, 2 GPUs have"):
+            check_memory(model, taken)
+    gpus_of(monkeypatch, whole)
+    monkeypatch.setattr("os.sysconf", lambda name: 4 * count - 1 if name == "SC_PHYS_PAGES" else 1)
+    with pytest.raises(Fp4convError, match="the process that reads the model takes at least"):
+        check_memory(model, settings)
+    check_memory(model, replace(settings, sharding="zero3"))

@@ -28,12 +28,10 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
 
 import fp4conv
 from fp4conv.cli import main
-from fp4conv.errors import Fp4convError
-from fp4conv.qat import launch, steps
+from fp4conv.qat import steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import read_yaml, settings_from
-from fp4conv.qat.train import Job
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
 QUICK: Mapping[str, object] = {
@@ -470,29 +468,3 @@ def test_killed_outright_at_each_step_it_goes_on(tmp_path: Path, done: Run) -> N
     assert finished.returncode == 0, finished.stderr
     assert "fine-tuning" not in finished.stderr
     assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "qat"])
-def test_two_processes_train_on_processors_with_gloo(tmp_path: Path, done: Run, kind: str) -> None:
-    settings = settings_from(QUICK, {"dataset": str(done.root / "data"), "format": "mxfp4", "gpus": 2})
-    quantizers = str(done.out / "quantizers") if kind == "qat" else None
-    trained = launch.launch(Job(kind, str(done.root / "model"), str(tmp_path), quantizers), settings, cpu=True)
-    assert trained.steps == (8 if kind == "sft" else 4)
-    assert trained.curve[0][1] > trained.curve[-1][1]
-    assert (tmp_path / "saved" / "model.safetensors").exists()
-
-
-def test_what_accelerate_is_told() -> None:
-    fsdp = launch.accelerate_config(settings_from({"gpus": 4}))
-    assert (fsdp["distributed_type"], fsdp["num_processes"], fsdp["fsdp_config"]["fsdp_version"]) == ("FSDP", 4, 2)  # type: ignore[index]
-    zero = launch.accelerate_config(settings_from({"gpus": 8, "sharding": "zero3", "gradient_accumulation": 3}))
-    assert zero["deepspeed_config"]["zero_stage"] == 3  # type: ignore[index]
-    assert zero["deepspeed_config"]["gradient_accumulation_steps"] == 3  # type: ignore[index]
-
-
-@pytest.mark.slow
-def test_processes_that_fail_are_an_error(tmp_path: Path, done: Run) -> None:
-    settings = settings_from(QUICK, {"dataset": str(tmp_path / "none.jsonl"), "format": "mxfp4", "gpus": 1})
-    with pytest.raises(Fp4convError, match="ended with exit code"):
-        launch.launch(Job("sft", str(done.root / "model"), str(tmp_path)), settings, cpu=True)

@@ -86,7 +86,7 @@ def _observed(
     folder: Path, settings: Settings, parsed: Model, *, kv: bool, tell: Callable[[int, int], None]
 ) -> tuple[dict[str, float], int, int]:
     """(amax by name, examples, tokens)."""
-    from fp4conv.qat.admission import check_vocabulary, empty_model
+    from fp4conv.qat.admission import check_vocabulary, checked_model
     from fp4conv.qat.calibrating import looked_at, observe, one_by_one
     from fp4conv.qat.data import first_examples
     from fp4conv.qat.models import load_model, load_tokenizer, quiet
@@ -95,7 +95,7 @@ def _observed(
     examples = first_examples(settings, load_tokenizer(folder), settings.calib_samples)
     if not examples:
         raise UsageError("no example has a token", where=str(settings.dataset))
-    empty = empty_model(folder, settings)
+    empty = checked_model(folder, settings)
     check_vocabulary(empty, examples, settings)
     _check_names(looked_at(empty), parsed)
     loaded = load_model(folder, settings)

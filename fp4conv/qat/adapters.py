@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from fp4conv.errors import UsageError
 from fp4conv.families import Role, role_of
+from fp4conv.qat.targets import shape_of
 
 if TYPE_CHECKING:
     import peft
@@ -57,7 +58,7 @@ def targets_of(model: torch.nn.Module, settings: Settings, quantized: Collection
         parameters += [
             name
             for name, parameter in model.named_parameters()
-            if parameter.ndim == 3 and role_of(name) is Role.EXPERT and _in_layers(name, settings)
+            if len(shape_of(parameter)) == 3 and role_of(name) is Role.EXPERT and _in_layers(name, settings)
         ]
     _check_used(model, settings, leaves)
     if not modules and not parameters:

@@ -6,6 +6,7 @@ is left to the step that calibrates.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from fp4conv.formats import NVFP4
 from fp4conv.model import FLOAT_DTYPES, Model, Stored, Weight
 from fp4conv.planner import Options, make_plan
 from fp4conv.qat.adapters import targets_of
-from fp4conv.qat.models import attention_of, parsed
+from fp4conv.qat.models import attention_of, empty_model, parsed, spread
+from fp4conv.qat.placing import device_map, room
 from fp4conv.qat.quantising import recipe_of
 from fp4conv.qat.recipes import SCHEMES
 from fp4conv.qat.steps import dense_format, selection
@@ -57,6 +59,14 @@ def check_scheduler(settings: Settings) -> None:
         )
 
 
+def check_sharing(settings: Settings) -> None:
+    if settings.gpus > 1 and settings.sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "--sharding zero3 needs DeepSpeed, which is not installed",
+            hint="DS_BUILD_OPS=0 pip install 'fp4conv[zero3]', or --sharding fsdp2",
+        )
+
+
 def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, source: Path) -> None:
     if tokenizer.eos_token_id is None:
         raise SourceError(
@@ -81,9 +91,11 @@ def check_packing(model: transformers.PreTrainedModel, settings: Settings) -> No
 
 def check_model(source: Path, settings: Settings, data: Data) -> None:
     """Raise what loading, training, LoRA and the export would of the model in `source`, in whatever format it is."""
-    model = empty_model(source, settings)
+    model = checked_model(source, settings)
     check_vocabulary(model, (*data.train, *data.test), settings)
     check_packing(model, settings)
+    if spread(settings):
+        device_map(model, getattr(torch, settings.dtype), room(settings.gpus, free=False))
     if settings.lora:
         targets_of(model, settings, ())
     if settings.backend == "modelopt" and settings.quant_cfg is not None:
@@ -103,17 +115,13 @@ def check_model(source: Path, settings: Settings, data: Data) -> None:
     )
 
 
-def empty_model(source: Path, settings: Settings) -> transformers.PreTrainedModel:
-    """The model that the config in `source` describes, without values. PlanError where transformers makes none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def checked_model(source: Path, settings: Settings) -> transformers.PreTrainedModel:
+    """The model without values. PlanError where transformers makes none, or one that generates no text."""
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_causal(config, source)
-        with torch.device("meta"):
-            model: transformers.PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention_of(config, settings), trust_remote_code=False
-            )
+        _check_causal(AutoConfig.from_pretrained(source, trust_remote_code=False), source)
+        model = empty_model(source, settings)
     except (ImportError, KeyError, OSError, ValueError) as error:
         # transformers raises these for what it does not know, and for attention whose package is missing.
         raise PlanError(

@@ -45,9 +45,10 @@ def share(holders: Iterable[Holder], set_of: Callable[[str], str], *, inputs: bo
         if not bool(torch.isfinite(largest).all() and (largest > 0).all()):
             raise _unusable(members[0].name, largest, inputs)
         for member in members:
-            if member.amax is None or not torch.equal(member.amax, largest.to(member.amax.device)):
+            own = largest if member.amax is None else largest.to(member.amax.device)
+            if member.amax is None or not torch.equal(member.amax, own):
                 changed += 1
-                member.amax = largest.clone()
+                member.amax = own.clone()
     return changed
 
 

@@ -91,6 +91,9 @@ class Backend(Protocol):
     def trainer(self) -> type:
         """The class of trl's SFTTrainer, or one of its descendants, that trains a prepared model."""
 
+    def names(self, model: torch.nn.Module) -> list[str]:
+        """The names of the quantised weights, which takes no value of them: they may be elsewhere."""
+
     def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Each quantised weight: the master's name, and the values that the forward pass uses, in its dtype."""
 

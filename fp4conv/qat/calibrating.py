@@ -15,6 +15,7 @@ from fp4conv.families import EXCLUDED, role_of
 from fp4conv.formats import NVFP4
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch
+from fp4conv.qat.placing import without_hooks
 from fp4conv.qat.quantizers import FakeQuantizer, attach, observing
 from fp4conv.qat.targets import Target, all_targets, canonical, checkpoint_modules, input_set_of
 
@@ -28,8 +29,9 @@ def observe(model: torch.nn.Module, batches: Iterable[Batch], *, kv: bool = Fals
     """
     targets = _looked_at(model)
     inputs = [FakeQuantizer(target.name, NVFP4.name) for target in targets]
-    for target, quantizer in zip(targets, inputs, strict=True):
-        attach(target, FakeQuantizer(target.name, NVFP4.name, target.axis), quantizer)
+    with without_hooks(model):
+        for target, quantizer in zip(targets, inputs, strict=True):
+            attach(target, FakeQuantizer(target.name, NVFP4.name, target.axis), quantizer)
     caches = _Caches(model) if kv else None
     with observing(model, inputs), torch.no_grad():
         for batch in batches:

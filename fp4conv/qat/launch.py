@@ -13,18 +13,19 @@ import yaml
 
 from fp4conv.errors import Fp4convError
 from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
-from fp4conv.qat.train import Job, Trained, read_result, train
+from fp4conv.qat.train import Job, Trained, finish, read_result, train
 
-_JOB, _SETTINGS, _ACCELERATE = "job.json", "settings.yaml", "accelerate.yaml"
+_JOB, _SETTINGS, _ACCELERATE, _DEEPSPEED = "job.json", "settings.yaml", "accelerate.yaml", "deepspeed.json"
 
 
 def run(job: Job, settings: Settings) -> Trained:
-    """Train in this process, or with `settings.gpus` of them; raises Fp4convError where they fail."""
+    """Train in this process, or with `settings.gpus` of them, unless that was done; Fp4convError where they fail."""
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
-    if settings.gpus == 1:
-        return train(job, settings)
-    return launch(job, settings)
+    finished = finish(job)
+    if finished is not None:
+        return finished
+    return train(job, settings) if settings.gpus == 1 else launch(job, settings)
 
 
 def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:
@@ -32,7 +33,8 @@ def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:
     out = Path(job.out)
     (out / _JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
     (out / _SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
-    (out / _ACCELERATE).write_text(yaml.safe_dump(accelerate_config(settings, cpu=cpu)), encoding="utf-8")
+    (out / _ACCELERATE).write_text(yaml.safe_dump(accelerate_config(settings, out, cpu=cpu)), encoding="utf-8")
+    (out / _DEEPSPEED).write_text(json.dumps(deepspeed_config(), indent=1), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(out / _ACCELERATE)]
     command = [*launcher, "-m", "fp4conv.qat.launch", str(out)]
     done = subprocess.run(command, check=False, stdout=sys.stderr, env=_environment())
@@ -45,35 +47,38 @@ def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:
     return read_result(out)
 
 
-def accelerate_config(settings: Settings, *, cpu: bool = False) -> dict[str, object]:
-    """accelerate's configuration, as its file has it, for the processes of one node."""
+def accelerate_config(settings: Settings, out: Path, *, cpu: bool = False) -> dict[str, object]:
+    """accelerate's configuration, as its file in `out` has it, for the processes of one node."""
     common: dict[str, object] = {
         "compute_environment": "LOCAL_MACHINE",
         "num_machines": 1,
         "num_processes": settings.gpus,
+        "main_process_port": 0,  # any that is free, for there may be another run
         "mixed_precision": "no" if cpu else "bf16",
         "use_cpu": cpu,
     }
     if settings.sharding == "zero3":
-        deepspeed = {
-            "zero_stage": 3,
-            "zero3_init_flag": True,
-            "zero3_save_16bit_model": True,
-            "gradient_accumulation_steps": settings.gradient_accumulation,
-            "gradient_clipping": settings.max_grad_norm,
-            "offload_optimizer_device": "none",
-            "offload_param_device": "none",
-        }
-        return {**common, "distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}
+        # In a file of its own, for accelerate's has no word for the sizes; the trainer fills in what is "auto".
+        file = {"deepspeed_config_file": str(Path(out) / _DEEPSPEED), "zero3_init_flag": True}
+        del common["mixed_precision"]
+        return {**common, "distributed_type": "DEEPSPEED", "deepspeed_config": file}
     fsdp = {
         "fsdp_version": 2,
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_reshard_after_forward": True,
-        "fsdp_cpu_ram_efficient_loading": False,
+        "fsdp_cpu_ram_efficient_loading": True,  # one process reads the model, and gives the others their parts
         "fsdp_state_dict_type": "FULL_STATE_DICT",
         "fsdp_activation_checkpointing": False,
     }
     return {**common, "distributed_type": "FSDP", "fsdp_config": fsdp}
+
+
+def deepspeed_config() -> dict[str, object]:
+    """DeepSpeed's configuration, as its file has it: ZeRO-3 on GPUs alone, its buffers as large as the model asks."""
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, **dict.fromkeys(sizes, "auto")}
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {**dict.fromkeys(batch, "auto"), "bf16": {"enabled": "auto"}, "zero_optimization": zero}
 
 
 def _environment() -> dict[str, str]:

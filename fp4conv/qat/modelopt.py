@@ -25,6 +25,7 @@ from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
 from fp4conv.qat.modelopt_adapters import see_adapters
 from fp4conv.qat.modelopt_recipes import SCALE_BITS, Config, entries_of
 from fp4conv.qat.modelopt_trainer import trainer_class
+from fp4conv.qat.placing import without_hooks
 from fp4conv.qat.recipes import check_format
 from fp4conv.qat.state import Amax, read_state, write_state
 from fp4conv.qat.targets import (
@@ -34,6 +35,7 @@ from fp4conv.qat.targets import (
     check_no_head,
     check_sets,
     choose,
+    device_beside,
     input_set_of,
     weight_set_of,
 )
@@ -115,7 +117,7 @@ class ModelOptBackend:
                     where=held.file_name,
                     hint="choose another --quant-cfg: fp4conv exports MXFP4 and NVFP4 by their largest magnitude",
                 )
-            size = target.value.shape[target.axis]
+            size = target.shape[target.axis]
             if size % block.block:
                 raise PlanError(
                     f"{size} values along the axis of blocks are no multiple of {block.block}",
@@ -161,17 +163,18 @@ class ModelOptBackend:
         quantizers, amax = read_state(folder)
         _quantize(model, [_entry(each.name, each.format_name) for each in quantizers.values() if each.enabled])
         unused = set(quantizers)
+        modules = {canonical(name): module for name, module in model.named_modules()}
         for name, quantizer in _kv_quantizers(model):
             unused.discard(name)
-            quantizer.amax = torch.tensor(
-                float(amax[f"{name}._amax"].reshape(())), device=next(model.parameters()).device
-            )
+            attention = modules[name.rpartition(".")[0]]
+            value = float(amax[f"{name}._amax"].reshape(()))
+            quantizer.amax = torch.tensor(value, device=device_beside(next(attention.parameters())))
         for kind in ("weight", "input"):
             for target, held in _held(model, kind):
                 unused.discard(held.file_name)
                 stored = amax.get(f"{held.file_name}._amax")
                 if stored is not None:
-                    held.amax = torch.tensor(float(stored.reshape(())), device=target.value.device)
+                    held.amax = torch.tensor(float(stored.reshape(())), device=device_beside(target.value))
         _hide_buffers(model)
         if unused:
             raise SourceError(
@@ -193,6 +196,10 @@ class ModelOptBackend:
     def see_adapters(self, model: torch.nn.Module) -> None:
         see_adapters((target, held.quantizer) for target, held in _held(model, "weight") if not target.each)
 
+    def names(self, model: torch.nn.Module) -> list[str]:
+        held = _held(model, "weight")
+        return list(dict.fromkeys(target.weight for target, each in held if _format_of(each.quantizer) is not None))
+
     def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((weight.name, weight.values) for weight in self.quantized(model))
 
@@ -207,7 +214,7 @@ class ModelOptBackend:
             master = target.value.detach()
             amax = [held.amax for held in members if held.amax is not None and found is NVFP4]
             frozen = torch.stack(amax) if target.each and amax else amax[0] if amax else None
-            with torch.no_grad():
+            with torch.no_grad(), torch.cuda.device_of(master):  # kernels are launched on the current GPU
                 values = _forward_values(target, master, members)
             yield QuantizedWeight(target.weight, found.name, target.axis, target.each, frozen, master, values)
 
@@ -235,7 +242,8 @@ def _entry(quantizer: str, format_name: str) -> Config:
 def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
     import modelopt.torch.quantization as mtq
 
-    mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
+    with without_hooks(model):
+        mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
     _forget_state(model)
 
 
@@ -256,7 +264,7 @@ def _hide_buffers(model: torch.nn.Module) -> None:
 def _file_names(target: Target, kind: str) -> Iterator[str]:
     stem = target.weight.rpartition(".")[0] + "." + target.quantizer(kind)
     if target.each and kind == "weight":
-        yield from (f"{stem}s.{expert}" for expert in range(len(target.value)))
+        yield from (f"{stem}s.{expert}" for expert in range(target.shape[0]))
     else:
         yield stem
 

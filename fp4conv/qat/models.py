@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp4conv.errors import PlanError, SourceError
+from fp4conv.families import SCOPES
+from fp4conv.qat.placing import device_map, room, run_where_they_lie
 from fp4conv.sizes import format_size
 from fp4conv.sources import open_source
 
@@ -43,29 +45,58 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel:
-    """The model in `folder`, in the dtype and with the attention of `settings`, on `device()` in a lone process.
+    """The model in `folder`, in the dtype and with the attention of `settings`.
 
-    MXFP4 is decoded by transformers as it loads; other block formats are not read here.
+    A lone process has it on `device()`, or with `--gpus N` over those GPUs; of several that train together, each as
+    the way of sharing wants it. MXFP4 is decoded by transformers as it loads; other block formats are not read here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     decoded = {"quantization_config": Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, settings.dtype), attn_implementation=attention_of(config, settings), **decoded
-    )
+    dtype = getattr(torch, settings.dtype)
+    places = None
+    if spread(settings):
+        places = device_map(empty_model(folder, settings), dtype, room(settings.gpus, free=True))
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention_of(config, settings)}
+    if is_given_its_part():
+        model = type(empty_model(folder, settings)).from_pretrained(None, state_dict={}, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=places, trust_remote_code=False, **options, **decoded
+        )
     model.config.use_cache = False
     if settings.dtype == "float32":
         # What transformers decodes from four bits is BF16 whatever was asked for; every value fits.
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
+    if places is not None:
+        run_where_they_lie(model, places)
+        return model
     return model if distributed() else model.to(device())
 
 
 def attention_of(config: transformers.PreTrainedConfig, settings: Settings) -> str | None:
     """What transformers is told; None: its own choice."""
     return settings.attn_implementation or ("eager" if config.model_type in _EAGER else None)
+
+
+def empty_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel:
+    """The model that the config in `folder` describes, without values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model: transformers.PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention_of(config, settings), trust_remote_code=False
+        )
+    return model
+
+
+def spread(settings: Settings) -> bool:
+    """Whether this process alone has a model over several GPUs."""
+    return settings.gpus > 1 and torch.cuda.is_available() and not distributed()
 
 
 def quiet() -> None:
@@ -79,8 +110,16 @@ def quiet() -> None:
 
 
 def distributed() -> bool:
-    """Whether this process is one of several that accelerate started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this process is one of those that `launch` started, which share a model."""
+    shared = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or any(os.environ.get(name) == "true" for name in shared)
+
+
+def is_given_its_part() -> bool:
+    """Whether this process reads no weights: under FSDP the first one reads them, and gives the others their parts."""
+    from transformers.integrations import is_fsdp_enabled
+
+    return bool(is_fsdp_enabled()) and os.environ.get("LOCAL_RANK") != "0"
 
 
 def device() -> torch.device:
@@ -119,22 +158,50 @@ def training_bytes(parameters: int, settings: Settings) -> int:
     return parameters * 16  # BF16: weight and gradient, and the optimizer's three in float32; float32: all four
 
 
+def kept_bytes(model: Model, settings: Settings) -> int:
+    """What each device holds from a forward pass to its backward pass, at the least: fake-quantised weights, whole.
+
+    They are made on every device, however the masters are shared. Where layers are recomputed, one has them at a time.
+    """
+    chosen_otherwise = settings.quant_cfg or settings.include or settings.exclude
+    if settings.gradient_checkpointing or "qat" in settings.skip or chosen_otherwise:
+        return 0
+    roles = SCOPES[settings.modules or model.family.scope]
+    return 2 * sum(prod(weight.shape) for weight in model.weights if weight.is_matrix and weight.role in roles)
+
+
+def host_bytes(parameters: int, settings: Settings) -> int:
+    """What the first of several processes has in the machine's memory: all weights, FSDP's trained ones in float32."""
+    wide = settings.dtype == "float32" or (settings.sharding == "fsdp2" and not settings.lora)
+    return parameters * (4 if wide else 2)
+
+
 def check_memory(model: Model, settings: Settings) -> None:
     """PlanError where the machine has less memory than training takes at the least."""
-    needed = training_bytes(sum(prod(weight.shape) for weight in model.weights), settings)
+    parameters = sum(prod(weight.shape) for weight in model.weights)
+    needed = training_bytes(parameters, settings) + settings.gpus * kept_bytes(model, settings)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         have = sum(torch.cuda.get_device_properties(i).total_memory for i in range(settings.gpus))
         place = f"{settings.gpus} GPU{'s' if settings.gpus > 1 else ''}"
     else:
-        have, place = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        have, place = machine, "this machine"
     if needed > have:
-        ways = [] if settings.lora else ["--lora trains adapters alone"]
+        ways = [] if settings.gradient_checkpointing else ["--gradient-checkpointing"]
+        ways += [] if settings.lora else ["--lora trains adapters alone"]
         ways += ["--gpus N shares the model among more GPUs"]
         raise PlanError(
             f"training takes at least {format_size(needed)} (masters, gradients, optimizer), {place} "
             f"{'have' if settings.gpus > 1 else 'has'} {format_size(have)}",
             where=str(settings.model),
             hint="; ".join(ways),
+        )
+    if settings.gpus > 1 and host_bytes(parameters, settings) > machine:
+        raise PlanError(
+            f"the process that reads the model takes at least {format_size(host_bytes(parameters, settings))} of the "
+            f"machine's memory, which is {format_size(machine)}",
+            where=str(settings.model),
+            hint="--lora or --sharding zero3 take half of what FSDP2 with all parameters does; or a larger machine",
         )
 
 

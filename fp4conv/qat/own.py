@@ -15,10 +15,11 @@ from fp4conv.formats import NVFP4
 from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
+from fp4conv.qat.placing import without_hooks
 from fp4conv.qat.quantizers import FakeQuantizer, attach, observing, quantized_parameters
 from fp4conv.qat.recipes import scheme_of
 from fp4conv.qat.state import Amax, read_state, write_state
-from fp4conv.qat.targets import Target, all_targets, choose, input_set_of, weight_set_of
+from fp4conv.qat.targets import Target, all_targets, choose, device_beside, input_set_of, weight_set_of
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Fp4convBackend:
     def prepare(self, model: torch.nn.Module, recipe: Recipe) -> None:
         scheme = scheme_of(recipe)
         inputs = scheme is not None and scheme.inputs
-        for target in choose(model, recipe):
-            _attach(target, recipe.format_name, inputs=inputs)
+        with without_hooks(model):
+            for target in choose(model, recipe):
+                _attach(target, recipe.format_name, inputs=inputs)
 
     def calibrate(self, model: torch.nn.Module, batches: Iterable[Batch]) -> None:
         pairs = list(_pairs(model))
@@ -72,16 +74,17 @@ class Fp4convBackend:
     def load(self, model: torch.nn.Module, folder: Path) -> None:
         quantizers, amax = read_state(folder)
         unused = set(quantizers)
-        for target in all_targets(model):
-            weight_names, input_names = list(_names(target, "weight")), list(_names(target, "input"))
-            if weight_names[0] not in quantizers:
-                continue
-            pair = _attach(target, quantizers[weight_names[0]].format_name, inputs=input_names[0] in quantizers)
-            _restore(pair.weight, weight_names, amax, target)
-            unused.difference_update(weight_names)
-            if pair.inputs is not None:
-                _restore(pair.inputs, input_names, amax, target)
-                unused.difference_update(input_names)
+        with without_hooks(model):
+            for target in all_targets(model):
+                weight_names, input_names = list(_names(target, "weight")), list(_names(target, "input"))
+                if weight_names[0] not in quantizers:
+                    continue
+                pair = _attach(target, quantizers[weight_names[0]].format_name, inputs=input_names[0] in quantizers)
+                _restore(pair.weight, weight_names, amax, target)
+                unused.difference_update(weight_names)
+                if pair.inputs is not None:
+                    _restore(pair.inputs, input_names, amax, target)
+                    unused.difference_update(input_names)
         if unused:
             raise SourceError(
                 f"{len(unused)} quantisers of {training_state.STATE} belong to no weight of this model ({min(unused)})",
@@ -106,6 +109,9 @@ class Fp4convBackend:
 
         trainer: type = SFTTrainer
         return trainer
+
+    def names(self, model: torch.nn.Module) -> list[str]:
+        return [pair.target.weight for pair in _pairs(model)]
 
     def weights(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((weight.name, weight.values) for weight in self.quantized(model))
@@ -148,8 +154,8 @@ def _restore(quantizer: FakeQuantizer, names: list[str], amax: Mapping[str, Amax
     if missing:
         raise SourceError(f"has no {missing[0]}._amax", where=training_state.AMAX, hint="calibrate this model again")
     stored = [float(amax[f"{name}._amax"].reshape(())) for name in names]
-    device = target.value.device
-    quantizer.amax = torch.tensor(stored if target.each and len(names) > 1 else stored[0], device=device)
+    own = stored if target.each and len(names) > 1 else stored[0]
+    quantizer.amax = torch.tensor(own, device=device_beside(target.value))
 
 
 def _is_each(target: Target, kind: str) -> bool:
@@ -160,7 +166,7 @@ def _names(target: Target, kind: str) -> Iterator[str]:
     """What the quantisers of `target` are called in files: '….weight_quantizer', '….P_weight_quantizers.E'."""
     stem = target.weight.rpartition(".")[0] + "." + target.quantizer(kind)
     if _is_each(target, kind):
-        yield from (f"{stem}s.{expert}" for expert in range(len(target.value)))
+        yield from (f"{stem}s.{expert}" for expert in range(target.shape[0]))
     else:
         yield stem
 

@@ -99,8 +99,17 @@ def observing(model: torch.nn.Module, quantizers: Iterable[FakeQuantizer]) -> It
 
 
 def attach(target: Target, weight: FakeQuantizer, inputs: FakeQuantizer | None) -> None:
-    """Make the module of `target` quantise that parameter, and what is multiplied by it, in its forward pass."""
+    """Make the module of `target` quantise that parameter, and what is multiplied by it, in its forward pass.
+
+    Raises PlanError where the instance has a forward of its own: it would be called in place of the quantised one.
+    """
     module = target.module
+    if "forward" in module.__dict__:
+        raise PlanError(
+            f"its forward is wrapped ({module.__dict__['forward']!r}), which would go past the fake quantisers",
+            where=target.name,
+            hint="quantise the model before anything wraps its modules, such as kernels or hooks",
+        )
     table: dict[str, tuple[FakeQuantizer, FakeQuantizer | None]] = module.__dict__.setdefault(_TABLE, {})
     table[target.parameter] = (weight, inputs)
     module.add_module(target.quantizer("weight"), weight)

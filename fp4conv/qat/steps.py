@@ -25,12 +25,14 @@ from fp4conv.qat.calibrating import one_by_one
 from fp4conv.qat.checks import check_forward, check_saved, check_shared
 from fp4conv.qat.data import load_data
 from fp4conv.qat.in_force import check_in_force
-from fp4conv.qat.models import device, free, load_model, load_tokenizer, parsed
+from fp4conv.qat.models import free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.state import read_state
 from fp4conv.qat.train import CHECKPOINTS, SAVED, Job, Trained
 
 if TYPE_CHECKING:
+    import torch
+
     from fp4conv.model import Model
     from fp4conv.qat.settings import Settings
 
@@ -113,8 +115,8 @@ def calibrate(source: Path, places: Places, settings: Settings) -> Calibrated:
     backend.prepare(model, recipe)
     if backend.calibrates(recipe):
         skipped = "calibrate" in settings.skip
-        backend.calibrate(model, iter(()) if skipped else _calibration(source, settings))
-    names = tuple(name for name, _ in backend.weights(model))
+        backend.calibrate(model, iter(()) if skipped else _calibration(source, settings, model.device))
+    names = tuple(backend.names(model))
     if not names:
         raise PlanError(
             "nothing to quantise was found",
@@ -124,16 +126,16 @@ def calibrate(source: Path, places: Places, settings: Settings) -> Calibrated:
     check_shared(backend.quantized(model))
     report = check_forward(backend.quantized(model))
     backend.save(model, _anew(places.quantizers))
-    check_in_force(model, backend, next(_calibration(source, settings)))
+    check_in_force(model, backend, next(_calibration(source, settings, model.device)))
     del model
     free()
     return Calibrated(names, report.values, tuple(report.notes))
 
 
-def _calibration(source: Path, settings: Settings) -> Iterator[Batch]:
-    """The first `calib_samples` training examples, on the model's device."""
+def _calibration(source: Path, settings: Settings, device: torch.device) -> Iterator[Batch]:
+    """The first `calib_samples` training examples, on `device`."""
     examples = load_data(settings, load_tokenizer(source)).train[: settings.calib_samples]
-    return one_by_one([example.ids for example in examples if example.ids], device())
+    return one_by_one([example.ids for example in examples if example.ids], device)
 
 
 def qat(source: Path, places: Places, settings: Settings, *, quiet: bool = False) -> Trained:

@@ -52,9 +52,23 @@ class Target:
         value: torch.Tensor = self.module._parameters[self.parameter]
         return value
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return shape_of(self.value)
+
     def quantizer(self, kind: str) -> str:
         """The attribute of `module` that holds its 'weight' or 'input' quantiser, named as ModelOpt names it."""
         return f"{kind}_quantizer" if self.parameter == "weight" else f"{self.parameter}_{kind}_quantizer"
+
+
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also of one that ZeRO-3 has cut up: it looks empty, and has its shape as `ds_shape`."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def device_beside(parameter: torch.Tensor) -> torch.device:
+    """Where what belongs to a parameter is kept: on the processor while the parameter itself is nowhere yet."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
 def canonical(name: str) -> str:
@@ -84,7 +98,7 @@ def choose(model: torch.nn.Module, recipe: Recipe) -> list[Target]:
         )
     block = BLOCK_FORMATS[recipe.format_name].block
     for target in chosen:
-        shape, size = list(target.value.shape), target.value.shape[target.axis]
+        shape, size = list(target.shape), target.shape[target.axis]
         if size % block:
             raise PlanError(
                 f"its shape {shape} has {size} values along the axis of blocks, which is no multiple of {block}",
@@ -113,7 +127,7 @@ def _targets(model: torch.nn.Module, experts_kn: bool) -> Iterator[Target]:
             weight = canonical(f"{raw}.{parameter}")
             if parameter == "weight" and isinstance(module, torch.nn.Linear):
                 yield Target(module, parameter, weight)
-            elif value is not None and value.ndim == 3 and role_of(module_of(weight)) is Role.EXPERT:
+            elif value is not None and len(shape_of(value)) == 3 and role_of(module_of(weight)) is Role.EXPERT:
                 yield Target(module, parameter, weight, -2 if experts_kn else -1, each=not experts_kn)
 
 

@@ -7,6 +7,7 @@ what happens with its result is `steps`' business.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from fp4conv.qat.divergence import check_finite, divergence
 from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
 from fp4conv.qat.progress import progress
 from fp4conv.qat.quantising import backend_of
+from fp4conv.qat.sharing import OptimizerCheck, tell_apart
 
 if TYPE_CHECKING:
     import transformers
@@ -32,6 +34,8 @@ CHECKPOINTS = "checkpoints"
 SAVED = "saved"  # what the trainer saved: a model, or with LoRA an adapter
 RESULT = "training.json"
 TRAINER_STATE = "trainer_state.json"
+# Files of a checkpoint that are no part of the model.
+_ONLY_TO_GO_ON = (TRAINER_STATE, "optimizer*", "scheduler.pt", "rng_state*", "global_step*", "latest", "zero_to_*.py")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,28 @@ class Trained:
     peak_bytes: int
 
 
+def finish(job: Job) -> Trained | None:
+    """The result of a run that was stopped after its last checkpoint: `job.out`/saved is made of that. Else None.
+
+    The trainer cannot be asked: it looks how many steps there are only after one more.
+    """
+    last = _last_checkpoint(Path(job.out))
+    state = json.loads((Path(last) / TRAINER_STATE).read_bytes()) if last else {}
+    if last is None or state["global_step"] < state["max_steps"]:
+        return None
+    started = time.monotonic()
+    saved = Path(job.out) / SAVED
+    shutil.rmtree(saved, ignore_errors=True)
+    shutil.copytree(last, saved, ignore=shutil.ignore_patterns(*_ONLY_TO_GO_ON))
+    return Trained(
+        curve=_curve(state["log_history"]),
+        steps=int(state["global_step"]),
+        tokens=int(state["num_input_tokens_seen"]),
+        seconds=time.monotonic() - started,
+        peak_bytes=0,
+    )
+
+
 def train(job: Job, settings: Settings) -> Trained:
     """Train, or go on from the last checkpoint; the result is in `job.out`/saved when this returns."""
     started = time.monotonic()
@@ -74,7 +100,7 @@ def train(job: Job, settings: Settings) -> Trained:
         trainer.save_model(str(Path(job.out) / SAVED))
     state = trainer.state
     trained = Trained(
-        curve=tuple((int(entry["step"]), float(entry["loss"])) for entry in state.log_history if "loss" in entry),
+        curve=_curve(state.log_history),
         steps=int(state.global_step),
         tokens=int(state.num_input_tokens_seen),
         seconds=time.monotonic() - started,
@@ -85,6 +111,10 @@ def train(job: Job, settings: Settings) -> Trained:
     return trained
 
 
+def _curve(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry)
+
+
 def _trainer(
     job: Job, settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase, data: Data
 ) -> transformers.Trainer:
@@ -93,22 +123,23 @@ def _trainer(
     from trl import SFTTrainer
 
     transformers_seed(settings.seed)
+    arguments = _arguments(job, settings)  # before the model: transformers reads from them how processes share it
     model: torch.nn.Module = load_model(Path(job.source), settings)
     trainer: type = SFTTrainer
     quantized: list[str] = []
     if job.quantizers is not None:
         backend = backend_of(settings)
         backend.load(model, Path(job.quantizers))
-        quantized = [name for name, _ in backend.weights(model)]
+        quantized = backend.names(model)
         trainer = backend.trainer()
     if settings.lora:
         model = with_adapters(model, settings, quantized)
         if job.quantizers is not None:
             backend_of(settings).see_adapters(model)
+    tell_apart(model)
     rows = datasets.Dataset.from_dict(
         {"input_ids": [list(e.ids) for e in data.train], "labels": [e.labels for e in data.train]}
     )
-    arguments = _arguments(job, settings)
     made: transformers.Trainer = trainer(
         model=model,
         args=arguments,
@@ -120,6 +151,7 @@ def _trainer(
     made.add_callback(divergence(job.kind))
     if not job.quiet:
         made.add_callback(progress(job.kind))
+    made.add_callback(OptimizerCheck())
     return made
 
 

@@ -56,6 +56,7 @@ class Work:
         backend_of(settings).check(recipe_of(settings))
         admission.check_skipped(settings)
         admission.check_scheduler(settings)
+        admission.check_sharing(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
