@@ -67,6 +67,18 @@ def check_sharing(settings: Settings) -> None:
         )
 
 
+def check_dtype(settings: Settings) -> None:
+    """UsageError where several processes would cast float32 weights to BF16 before quantisers read them.
+
+    The export would quantise the float32 ones, which nobody has trained on.
+    """
+    if settings.dtype == "float32" and settings.gpus > 1:
+        raise UsageError(
+            "--dtype float32 with --gpus: training would see weights in BF16, and the export those in float32",
+            hint="leave --dtype out: the optimizer keeps float32 copies of weights in BF16 too",
+        )
+
+
 def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, source: Path) -> None:
     if tokenizer.eos_token_id is None:
         raise SourceError(

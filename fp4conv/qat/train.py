@@ -123,7 +123,7 @@ def _trainer(
     from trl import SFTTrainer
 
     transformers_seed(settings.seed)
-    arguments = _arguments(job, settings)  # before the model: transformers reads from them how processes share it
+    arguments = _on_one_gpu(_arguments(job, settings))  # before the model: transformers reads there how it is shared
     model: torch.nn.Module = load_model(Path(job.source), settings)
     trainer: type = SFTTrainer
     quantized: list[str] = []
@@ -163,6 +163,13 @@ def _optimizer(
         return None
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     return Float32AdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+
+
+def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
+    """A lone process trains on one GPU, however many it sees: else the trainer would ask torch to split batches."""
+    if not distributed() and arguments.device.type == "cuda":
+        arguments._n_gpu = 1
+    return arguments
 
 
 def transformers_seed(seed: int) -> None:

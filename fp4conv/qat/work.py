@@ -57,6 +57,7 @@ class Work:
         admission.check_skipped(settings)
         admission.check_scheduler(settings)
         admission.check_sharing(settings)
+        admission.check_dtype(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
