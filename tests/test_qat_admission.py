@@ -15,13 +15,14 @@ pytest.importorskip("trl")
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import fp4conv
 from fp4conv.errors import Fp4convError
 from fp4conv.qat import admission
 from fp4conv.qat.data import Example
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
-from fp4conv.qat.models import check_memory, empty_model, host_bytes, load_tokenizer, parsed, training_bytes
+from fp4conv.qat.models import check_memory, empty_model, host_bytes, load_model, load_tokenizer, parsed, training_bytes
 from fp4conv.qat.settings import PRESETS, settings_from
 from fp4conv.qat.work import Work
 
@@ -178,3 +179,24 @@ def test_what_training_takes_at_the_least(monkeypatch: pytest.MonkeyPatch, model
     with pytest.raises(Fp4convError, match="the process that reads the model takes at least"):
         check_memory(model, settings)
     check_memory(model, replace(settings, sharding="zero3"))
+
+
+@pytest.mark.parametrize(
+    ("taken", "added", "message"),
+    [
+        ("lm_head.weight", None, r"^lm_head\.weight .*random values"),
+        (None, "model.layers.7.mtp.weight", r"^model\.layers\.7\.mtp\.weight .*it would be lost"),
+    ],
+)
+def test_tensors_that_transformers_makes_up_or_passes_over(
+    models: Path, tmp_path: Path, taken: str | None, added: str | None, message: str
+) -> None:
+    shutil.copytree(models / "llama", tmp_path / "llama")
+    file = tmp_path / "llama" / "model.safetensors"
+    tensors = {name: value for name, value in load_file(file).items() if name != taken}
+    if added is not None:
+        tensors[added] = torch.zeros(2, 2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(Fp4convError, match=message):
+        load_model(tmp_path / "llama", settings_from({"format": "mxfp4"}))
+    load_model(models / "llama", settings_from({"format": "mxfp4"}))

@@ -232,6 +232,13 @@ def test_a_folder_of_held_out_rows_alone_is_not_trained_on(tmp_path: Path) -> No
         load(tmp_path / "outer")
 
 
+def test_a_message_without_content_is_not_the_word_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    with pytest.raises(Fp4convError, match="line 1: message 2 has no content"):
+        load(write(tmp_path / "d.jsonl", *[{"messages": chat}] * 4))
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n' * 3)
     assert load(tmp_path / "d.jsonl").train[0].ids == ids("<s> a </s>")

@@ -246,6 +246,10 @@ def _chat(
 ) -> tuple[int, ...]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise UsageError("messages is no list of objects with a role and a content", where=where)
+    for number, message in enumerate(messages, 1):
+        # Templates write None as a word.
+        if message.get("content") is None and not any(message.get(key) for key in ("tool_calls", "thinking")):
+            raise UsageError(f"message {number} has no content", where=where)
     try:
         rendered = tokenizer.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=generate, return_dict=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -63,9 +63,11 @@ def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel
     if is_given_its_part():
         model = type(empty_model(folder, settings)).from_pretrained(None, state_dict={}, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, device_map=places, trust_remote_code=False, **options, **decoded
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=places, trust_remote_code=False, output_loading_info=True, **options, **decoded
         )
+        if not distributed():  # what the others of several processes do not read is no fault of the checkpoint
+            check_loaded(found, folder)
     model.config.use_cache = False
     if settings.dtype == "float32":
         # What transformers decodes from four bits is BF16 whatever was asked for; every value fits.
@@ -75,6 +77,23 @@ def load_model(folder: Path, settings: Settings) -> transformers.PreTrainedModel
         run_where_they_lie(model, places)
         return model
     return model if distributed() else model.to(device())
+
+
+def check_loaded(found: Mapping[str, Collection[str]], folder: Path) -> None:
+    """SourceError for tensors that transformers made up for want of them, or passed over, in silence.
+
+    `found`: its loading info. A head that is the embedding is in neither list.
+    """
+    for key, what in (
+        ("missing_keys", "is not in the checkpoint, and transformers would train random values in its place"),
+        ("unexpected_keys", "is in the checkpoint, and transformers has no place for it: it would be lost"),
+    ):
+        if names := sorted(found.get(key, ())):
+            raise SourceError(
+                f"{what} (one of {len(names)})",
+                where=f"{names[0]} ({folder})",
+                hint="look at the checkpoint with fp4conv verify; another release of transformers may know the model",
+            )
 
 
 def attention_of(config: transformers.PreTrainedConfig, settings: Settings) -> str | None:
