@@ -140,6 +140,15 @@ def test_processes_that_fail_are_an_error(made: Path, tmp_path: Path) -> None:
         launch.launch(job(made, tmp_path), settings(made, dataset=str(tmp_path / "none.jsonl")), cpu=True)
 
 
+def test_a_lone_process_takes_one_gpu_of_those_it_sees(
+    monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
+) -> None:
+    """transformers would put the model on all of them with DataParallel, which trl refuses."""
+    monkeypatch.setattr("transformers.TrainingArguments.n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 4)))
+    monkeypatch.setattr("transformers.TrainingArguments._setup_devices", torch.device("cpu"))
+    assert train._arguments(job(made, tmp_path), settings(made)).n_gpu == 1
+
+
 def test_what_accelerate_is_told(tmp_path: Path) -> None:
     fsdp = launch.accelerate_config(settings_from({"gpus": 4}), tmp_path)
     facts: Mapping[str, object] = fsdp["fsdp_config"]  # type: ignore[assignment]

@@ -60,10 +60,25 @@ def check_scheduler(settings: Settings) -> None:
 
 
 def check_sharing(settings: Settings) -> None:
-    if settings.gpus > 1 and settings.sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
+    if settings.gpus == 1:
+        return
+    if settings.dtype == "float32":
+        raise UsageError(
+            f"--dtype float32 with --gpus {settings.gpus}: several processes compute in BF16, so quantisers would see "
+            "rounded weights, and the export would quantise others",
+            hint="--dtype bfloat16, whose optimizer keeps float32 copies",
+        )
+    if settings.sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
         raise UsageError(
             "--sharding zero3 needs DeepSpeed, which is not installed",
             hint="DS_BUILD_OPS=0 pip install 'fp4conv[zero3]', or --sharding fsdp2",
+        )
+    recomputed = settings.gradient_checkpointing and "qat" not in settings.skip
+    if settings.sharding == "zero3" and settings.backend == "modelopt" and recomputed:
+        raise UsageError(
+            "--sharding zero3 with --backend modelopt: where layers are recomputed, DeepSpeed has given weights of "
+            "ModelOpt's modules back before their backward pass, which stops",
+            hint="--sharding fsdp2, --backend fp4conv, or --no-gradient-checkpointing",
         )
 
 

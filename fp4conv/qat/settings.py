@@ -156,7 +156,6 @@ PRESETS: Mapping[str, Preset] = {
             "format": "mxfp4",
             "attn_implementation": "eager",
             "gpus": 8,
-            "sharding": "zero3",
         },
     ),
     "gpt-oss-120b-lora": Preset(

@@ -184,7 +184,7 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
     sft = job.kind == "sft"
     cuda = torch.cuda.is_available()
     floor = {"min_lr_rate": settings.min_lr_rate} if settings.scheduler == "cosine_with_min_lr" else {}
-    return SFTConfig(
+    made = SFTConfig(
         output_dir=str(Path(job.out) / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -214,6 +214,8 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
         seed=settings.seed,
         dataloader_pin_memory=cuda,
     )
+    made._n_gpu = min(1, made.n_gpu)  # a lone process would take every GPU that it sees
+    return made
 
 
 def _checkpointing(settings: Settings) -> dict[str, object]:
