@@ -31,7 +31,8 @@ from fp4conv.cli import main
 from fp4conv.qat import steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.scoring import Scoring
-from fp4conv.qat.settings import read_yaml, settings_from
+from fp4conv.qat.settings import settings_from
+from fp4conv.qat.settings_yaml import read_yaml
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
 QUICK: Mapping[str, object] = {

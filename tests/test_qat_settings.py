@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from fp4conv.cli import main
 from fp4conv.commands.qat import settings_of
 from fp4conv.errors import UsageError
-from fp4conv.qat.settings import PRESETS, Settings, settings_from, to_yaml
+from fp4conv.qat.settings import PRESETS, Settings, settings_from
+from fp4conv.qat.settings_yaml import to_yaml
 
 
 def test_printed_config_is_yaml_that_reads_back_as_the_same_settings(tmp_path: Path) -> None:

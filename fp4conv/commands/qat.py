@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp4conv.qat.settings import PRESETS, Settings, field_types, preset, read_yaml, settings_from, to_yaml
+from fp4conv.qat.settings import PRESETS, Settings, field_types, preset, settings_from
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,12 +48,17 @@ def settings_of(
 ) -> Settings:
     """The settings: defaults, under the preset, under the YAML file, under `options`."""
     layers: list[Mapping[str, object]] = [preset(preset_name)] if preset_name else []
-    layers += [read_yaml(Path(config))] if config is not None else []
+    if config is not None:
+        from fp4conv.qat.settings_yaml import read_yaml
+
+        layers.append(read_yaml(Path(config)))
     return settings_from(*layers, options)
 
 
 def print_config(settings: Settings) -> str:
     """`settings` as a YAML file with comments."""
+    from fp4conv.qat.settings_yaml import to_yaml
+
     return to_yaml(settings)
 
 

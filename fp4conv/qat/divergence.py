@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
 
 from fp4conv.errors import ValuesError
+from fp4conv.qat.logged import Logged
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerState
 
 
 # train_loss is the mean over the run, told at its end: steps after the last line of the log are in it.
 _WATCHED = (("loss", "loss"), ("grad_norm", "norm of the gradients"), ("train_loss", "loss"))
 
 
-class _Divergence(TrainerCallback):
+class _Divergence(Logged):
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
+    def logged(self, state: TrainerState, line: Mapping[str, float]) -> None:
         for key, name in _WATCHED:
-            value = float((logs or {}).get(key, 0.0))
+            value = float(line.get(key, 0.0))
             if not math.isfinite(value):
                 raise _diverged(self._kind, f"the {name} is {value} at step {state.global_step}")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 from fp4conv.errors import Fp4convError
-from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
+from fp4conv.qat.settings import Settings, settings_from
+from fp4conv.qat.settings_yaml import read_yaml, to_yaml
 from fp4conv.qat.train import Job, Trained, finish, read_result, train
 
 _JOB, _SETTINGS, _ACCELERATE, _DEEPSPEED = "job.json", "settings.yaml", "accelerate.yaml", "deepspeed.json"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+
+from fp4conv.qat.logged import Logged
 
 if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _LINE_EVERY = 30.0  # seconds
 
 
-class _Bar(TrainerCallback):
+class _Bar(Logged):
     def __init__(self, name: str) -> None:
         self._name = name
         self._bar: tqdm[object] | None = None
@@ -30,23 +32,16 @@ class _Bar(TrainerCallback):
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
-        if self._bar is not None and logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+    def logged(self, state: TrainerState, line: Mapping[str, float]) -> None:
+        if self._bar is not None and "loss" in line:
+            self._bar.set_postfix(loss=f"{float(line['loss']):.3f}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-class _Lines(TrainerCallback):
+class _Lines(Logged):
     """For a log file: 'sft: step 250 of 1,500, loss 0.412, 0.06 s a step'."""
 
     def __init__(self, name: str) -> None:
@@ -58,17 +53,10 @@ class _Lines(TrainerCallback):
     ) -> None:
         self._from = (state.global_step, time.monotonic())
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
-    ) -> None:
+    def logged(self, state: TrainerState, line: Mapping[str, float]) -> None:
         now = time.monotonic()
         last = state.global_step == state.max_steps
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not state.is_world_process_zero or "loss" not in line:
             return
         if now - self._told < _LINE_EVERY and not last:
             return
@@ -76,7 +64,7 @@ class _Lines(TrainerCallback):
         step, started = self._from
         pace = (now - started) / max(1, state.global_step - step)
         words = (
-            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(logs['loss']):.3f}, {pace:.2g} s a step"
+            f"step {state.global_step:,} of {state.max_steps:,}, loss {float(line['loss']):.3f}, {pace:.2g} s a step"
         )
         sys.stderr.write(f"{self._name}: {words}\n")
         sys.stderr.flush()

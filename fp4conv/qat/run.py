@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from fp4conv.errors import OutputError, ResumeError, UsageError
 from fp4conv.model import JSON
-from fp4conv.qat.settings import Settings, read_yaml, settings_from, to_yaml
+from fp4conv.qat.settings import Settings, settings_from
+from fp4conv.qat.settings_yaml import read_yaml, to_yaml
 from fp4conv.qat.shortages import shortages
 from fp4conv.qat.unchanged import INPUTS, check_unchanged
 from fp4conv.staging.journal import JOURNAL_NAME, Journal

@@ -1,4 +1,4 @@
-"""Every setting of `fp4conv qat`, once: its YAML with comments, its checks and the command's options derive from it.
+"""Every setting of `fp4conv qat`, once: its YAML (`settings_yaml`), its checks and the options derive from it.
 
 Imports nothing heavy, so that the command line can ask it for the options. The defaults are the published recipe of
 NVIDIA's gpt-oss example (docs/qat.md).
@@ -11,7 +11,6 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fp4conv.errors import UsageError
@@ -139,7 +138,7 @@ class Settings:
 
     def values(self) -> dict[str, JSON]:
         """Every setting by name, as JSON has it."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def settings_from(*layers: Mapping[str, object], where: str = "settings") -> Set
     """Settings from mappings, the later ones on top. UsageError for an unknown key or a wrong value, by name."""
     made = Settings()
     for layer in layers:
-        made = replace(made, **{key: _checked(key, value, where) for key, value in layer.items()})  # type: ignore[arg-type]
+        made = replace(made, **{key: checked(key, value, where) for key, value in layer.items()})  # type: ignore[arg-type]
     _check_together(made)
     return made
 
@@ -203,56 +202,13 @@ def preset(name: str) -> Mapping[str, object]:
     return PRESETS[name].values
 
 
-def read_yaml(path: Path) -> dict[str, object]:
-    """The settings of a YAML file, unchecked but for their names. UsageError where it cannot be read."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        found: object = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot be read: {error}", where=str(path)) from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"is not YAML: {error}", where=str(path)) from error
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise UsageError("holds no settings", where=str(path), hint="write `key: value` lines; see --print-config")
-    keys = [str(key.value) for key, _ in tree.value] if isinstance(tree, yaml.MappingNode) else []
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise UsageError(f"says {twice} more than once", where=str(path), hint="keep one of the lines")
-    return {str(key): _checked(str(key), value, str(path)) for key, value in found.items()}
-
-
-def to_yaml(settings: Settings) -> str:
-    """`settings` as a YAML file with a comment to each, which `read_yaml` reads back."""
-    lines = ["# Settings of `fp4conv qat`. Each is an option too: --sft-learning-rate 1e-5."]
-    section = ""
-    for one in fields(settings):
-        if one.metadata["section"] != section:
-            section = one.metadata["section"]
-            lines += ["", f"# {section}"]
-        choices = f" ({', '.join(one.metadata['choices'])})" if one.metadata["choices"] else ""
-        lines.append(f"{one.name}: {_yaml_value(getattr(settings, one.name))}  # {one.metadata['help']}{choices}")
-    return "\n".join(lines) + "\n"
-
-
-def _yaml_value(value: object) -> str:
-    import yaml
-
-    if isinstance(value, float):
-        text = repr(value)
-        # YAML 1.1 takes 2e-05 for a string: it wants a point in the mantissa.
-        return text if "e" not in text or "." in text else text.replace("e", ".0e")
-    return str(yaml.safe_dump(_plain(value), default_flow_style=True, width=10_000)).removesuffix("...\n").strip()
-
-
-def _plain(value: object) -> JSON:
+def plain(value: object) -> JSON:
+    """The value of a setting as JSON and YAML have it."""
     return list(value) if isinstance(value, tuple) else value  # type: ignore[return-value]
 
 
-def _checked(key: str, value: object, where: str) -> object:
+def checked(key: str, value: object, where: str) -> object:
+    """`value` as the setting `key` has it; UsageError for an unknown key, another type or what is out of range."""
     known = {one.name: one for one in fields(Settings)}
     if key not in known:
         near = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
