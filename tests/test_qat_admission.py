@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,16 +153,17 @@ def test_zero3_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_several_processes_would_not_train_as_it_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     shared = settings_from({"gpus": 8, "sharding": "zero3"})
-    for settings, words in (
-        (replace(shared, dtype="float32"), "several processes compute in BF16"),
-        (shared, "where layers are recomputed"),
-    ):
-        with pytest.raises(Fp4convError, match=words):
-            admission.check_sharing(settings)
-        admission.check_sharing(replace(settings, gpus=1))
-    admission.check_sharing(replace(shared, backend="fp4conv"))
-    admission.check_sharing(replace(shared, gradient_checkpointing=False))
-    admission.check_sharing(replace(shared, skip=("qat",)))
+    wide = replace(shared, dtype="float32")
+    with pytest.raises(Fp4convError, match="several processes compute in BF16"):
+        admission.check_sharing(wide)
+    admission.check_sharing(replace(wide, gpus=1))
+    admission.check_sharing(shared)
+    for family, refused in (("moe", True), ("gpt-oss", False)):
+        model = SimpleNamespace(family=SimpleNamespace(name=family))
+        with pytest.raises(Fp4convError, match="finds no experts") if refused else nullcontext():
+            admission.check_counted_experts(model, shared)  # type: ignore[arg-type]
+        admission.check_counted_experts(model, replace(shared, backend="fp4conv"))  # type: ignore[arg-type]
+        admission.check_counted_experts(model, replace(shared, sharding="fsdp2"))  # type: ignore[arg-type]
     for preset in PRESETS.values():
         admission.check_sharing(settings_from(preset.values))
 

@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 
 pytest.importorskip("trl")
 
+from modelopt_cpu import put_kernel
 from transformers import TrainerCallback
 
 from fp4conv.errors import Fp4convError
 from fp4conv.qat import launch, models, steps, train
 from fp4conv.qat.made import Task, write_model, write_task
 from fp4conv.qat.settings import Settings, settings_from
+from fp4conv.qat.settings_yaml import read_yaml
 from fp4conv.qat.train import Job
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
@@ -100,6 +102,19 @@ def test_two_processes_train_as_one(monkeypatch: pytest.MonkeyPatch, made: Path,
     assert said(tmp_path / "shared", 0)["sharded"]
     assert said(tmp_path / "shared", 1) == {"sharded": True, "read": 0, "first": 1}
     check_as_one(made, tmp_path / "shared", settings(made, batch_size=16), trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [zero3])
+def test_modelopts_quantisers_too_where_layers_are_recomputed(
+    monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path, sharding: str
+) -> None:
+    """DeepSpeed takes a module's weights away where its pass ends; recomputing must stop inside the last one."""
+    pytest.importorskip("modelopt")
+    put_kernel(monkeypatch.setattr)
+    modelopt = {"backend": "modelopt", "gradient_checkpointing": True}
+    trained = share(monkeypatch, made, tmp_path / "shared", settings(made, gpus=2, sharding=sharding, **modelopt))
+    check_as_one(made, tmp_path / "shared", settings(made, batch_size=16, **modelopt), trained)
 
 
 @pytest.mark.slow
@@ -187,6 +202,8 @@ def work(out: Path) -> None:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
         PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     (out / f"said-{os.environ['RANK']}.json").unlink(missing_ok=True)
+    if read_yaml(out / "settings.yaml")["backend"] == "modelopt":
+        put_kernel(setattr)
     load, make, held = models.load_model, train._trainer, []
 
     def load_model(*args):  # type: ignore[no-untyped-def]

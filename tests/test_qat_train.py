@@ -13,9 +13,7 @@ pytest.importorskip("trl")
 
 import torch
 
-from fp4conv.errors import UsageError
 from fp4conv.qat import steps
-from fp4conv.qat.admission import check_dtype
 from fp4conv.qat.made import Task, write_model
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.train import CHECKPOINTS, Job, _on_one_gpu, train
@@ -69,10 +67,3 @@ def test_a_lone_process_trains_on_one_of_the_gpus_that_it_sees(
     monkeypatch.setenv("WORLD_SIZE", processes)
     arguments = SimpleNamespace(device=torch.device("cuda"), _n_gpu=4)
     assert _on_one_gpu(arguments)._n_gpu == gpus
-
-
-def test_float32_is_for_one_process() -> None:
-    check_dtype(settings_from({"dtype": "float32"}))
-    check_dtype(settings_from({"gpus": 2}))
-    with pytest.raises(UsageError, match="training would see weights in BF16"):
-        check_dtype(settings_from({"dtype": "float32", "gpus": 2}))

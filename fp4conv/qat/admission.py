@@ -73,24 +73,16 @@ def check_sharing(settings: Settings) -> None:
             "--sharding zero3 needs DeepSpeed, which is not installed",
             hint="DS_BUILD_OPS=0 pip install 'fp4conv[zero3]', or --sharding fsdp2",
         )
-    recomputed = settings.gradient_checkpointing and "qat" not in settings.skip
-    if settings.sharding == "zero3" and settings.backend == "modelopt" and recomputed:
+
+
+def check_counted_experts(model: Model, settings: Settings) -> None:
+    """UsageError where ModelOpt would count the experts of a parameter that ZeRO-3 has cut up, and find none."""
+    cut_up = settings.gpus > 1 and settings.sharding == "zero3" and "qat" not in settings.skip
+    if cut_up and settings.backend == "modelopt" and model.family.name == "moe":
         raise UsageError(
-            "--sharding zero3 with --backend modelopt: where layers are recomputed, DeepSpeed has given weights of "
-            "ModelOpt's modules back before their backward pass, which stops",
-            hint="--sharding fsdp2, --backend fp4conv, or --no-gradient-checkpointing",
-        )
-
-
-def check_dtype(settings: Settings) -> None:
-    """UsageError where several processes would cast float32 weights to BF16 before quantisers read them.
-
-    The export would quantise the float32 ones, which nobody has trained on.
-    """
-    if settings.dtype == "float32" and settings.gpus > 1:
-        raise UsageError(
-            "--dtype float32 with --gpus: training would see weights in BF16, and the export those in float32",
-            hint="leave --dtype out: the optimizer keeps float32 copies of weights in BF16 too",
+            "--sharding zero3 with --backend modelopt: ModelOpt finds no experts in weights that ZeRO-3 has cut up",
+            where=str(settings.model),
+            hint="--sharding fsdp2, or --backend fp4conv",
         )
 
 

@@ -23,6 +23,7 @@ from fp4conv.modelopt_state import Quantizer
 from fp4conv.qat.amax import share
 from fp4conv.qat.backend import Batch, QuantizedWeight, Recipe
 from fp4conv.qat.modelopt_adapters import see_adapters
+from fp4conv.qat.modelopt_ended import undo_where_ended
 from fp4conv.qat.modelopt_recipes import SCALE_BITS, Config, entries_of
 from fp4conv.qat.modelopt_trainer import trainer_class
 from fp4conv.qat.placing import without_hooks
@@ -245,6 +246,7 @@ def _quantize(model: torch.nn.Module, entries: list[Config]) -> None:
     with without_hooks(model):
         mtq.quantize(model, {"quant_cfg": [_OFF, *entries], "algorithm": None})
     _forget_state(model)
+    undo_where_ended(model)
 
 
 def _forget_state(model: torch.nn.Module) -> None:
