@@ -72,6 +72,27 @@ def test_quantisers_are_in_force(tmp_path: Path, family: str, format_name: str) 
     check_in_force(model, backend, batch)
 
 
+def test_what_a_device_adds_in_another_order_each_time_is_not_taken_for_a_weight_past_its_quantiser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA experts are added up by atomic additions, unless torch is asked to repeat itself: each pass differs."""
+    passes: list[None] = []
+
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        if torch.are_deterministic_algorithms_enabled():
+            return out
+        passes.append(None)
+        return out * (1 + 1e-3 * len(passes) ** 2)
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    write_model(tmp_path, TASK, family="llama")
+    model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
+    backend.prepare(model, Recipe("mxfp4"))
+    check_in_force(model, backend, {"input_ids": torch.arange(12)[None] + 3})
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_weight_that_is_read_past_its_quantiser_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused kernel takes weights out of their modules; the codec's comparison cannot see it."""
 
