@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ pytest.importorskip("trl")
 
 import torch
 
+from fp4conv.errors import ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.made import Task, write_model
 from fp4conv.qat.settings import settings_from
+from fp4conv.qat.sharing import OptimizerCheck
 from fp4conv.qat.train import CHECKPOINTS, Job, _on_one_gpu, train
 
 EXAMPLES, STEPS, WARM_UP = 24, 12, 3
@@ -67,3 +70,12 @@ def test_a_lone_process_trains_on_one_of_the_gpus_that_it_sees(
     monkeypatch.setenv("WORLD_SIZE", processes)
     arguments = SimpleNamespace(device=torch.device("cuda"), _n_gpu=4)
     assert _on_one_gpu(arguments)._n_gpu == gpus
+
+
+def test_an_optimizer_on_other_parameters_does_not_begin() -> None:
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    arguments = SimpleNamespace(deepspeed_plugin=None)
+    for held in (model, other):
+        optimizer = torch.optim.SGD(held.parameters(), lr=1.0)
+        with nullcontext() if held is model else pytest.raises(ValuesError, match="other parameters than those"):
+            OptimizerCheck().on_train_begin(arguments, None, None, model=model, optimizer=optimizer)

@@ -49,6 +49,7 @@ def check_skipped(settings: Settings) -> None:
 
 
 def check_scheduler(settings: Settings) -> None:
+    """UsageError for a learning-rate schedule that transformers has not."""
     from transformers import SchedulerType
 
     names = [one.value for one in SchedulerType]
@@ -60,6 +61,7 @@ def check_scheduler(settings: Settings) -> None:
 
 
 def check_sharing(settings: Settings) -> None:
+    """UsageError for what several processes would train in another way than it is exported, or cannot start with."""
     if settings.gpus == 1:
         return
     if settings.dtype == "float32":
@@ -87,6 +89,7 @@ def check_counted_experts(model: Model, settings: Settings) -> None:
 
 
 def check_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, source: Path) -> None:
+    """SourceError where the tokenizer has no end of text."""
     if tokenizer.eos_token_id is None:
         raise SourceError(
             "its tokenizer names no end of text (eos_token): no answer could end",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import TrainerCallback
 
+from fp4conv.errors import ValuesError
+
 if TYPE_CHECKING:
     import transformers
 
@@ -34,7 +36,7 @@ class _Address:
 
 
 class OptimizerCheck(TrainerCallback):
-    """Training does not begin with an optimizer that has not just the parameters that are trained."""
+    """ValuesError, before the first step, where the optimizer has not just the parameters that are trained."""
 
     def on_train_begin(
         self,
@@ -49,4 +51,10 @@ class OptimizerCheck(TrainerCallback):
             return  # its optimizer has flat parts of its own making
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         held = {id(one) for group in optimizer.param_groups for one in group["params"]}  # type: ignore[attr-defined]
-        assert trained == held, "the optimizer has other parameters than those that are trained"
+        if trained != held:
+            raise ValuesError(
+                "the optimizer has other parameters than those that are trained: this release of accelerate does not "
+                "see how processes share the model",
+                where=f"{len(held):,} parameters, expected {len(trained):,}",
+                hint="--sharding zero3, or install the releases of fp4conv[qat]",
+            )
