@@ -83,7 +83,7 @@ def test_what_a_device_adds_in_another_order_each_time_is_not_taken_for_a_weight
         if torch.are_deterministic_algorithms_enabled():
             return out
         passes.append(None)
-        return out * (1 + 1e-3 * len(passes) ** 2)
+        return out * (1 + 1e-6 * 10 ** len(passes))
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     write_model(tmp_path, TASK, family="llama")
