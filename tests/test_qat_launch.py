@@ -6,6 +6,7 @@ here tell it that gloo is one; DeepSpeed runs on processors by itself. This file
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -74,8 +75,10 @@ def share(monkeypatch: pytest.MonkeyPatch, root: Path, out: Path, made_settings:
 
     def run(command: list[str], **options: object) -> object:
         front = command[: command.index("fp4conv.qat.launch") - 1]
-        with (out / "stderr.txt").open("a") as stderr:
-            return real([*front, __file__, command[-1]], **options, stderr=stderr)  # type: ignore[call-overload]
+        with (out / "stderr.txt").open("w") as stderr:
+            done = real([*front, __file__, command[-1]], **options, stderr=stderr)  # type: ignore[call-overload]
+        sys.stderr.write((out / "stderr.txt").read_text()[-8_000:])  # shown where a test fails
+        return done
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with monkeypatch.context() as patched:
@@ -201,6 +204,7 @@ def work(out: Path) -> None:
         torch.distributed.init_process_group("gloo")
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
         PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    atexit.register(os._exit, 8)  # taking the interpreter down is a race with gloo's threads: none of it may run
     (out / f"said-{os.environ['RANK']}.json").unlink(missing_ok=True)
     if read_yaml(out / "settings.yaml")["backend"] == "modelopt":
         put_kernel(setattr)

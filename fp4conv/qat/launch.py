@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -88,9 +89,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
 
 
-def _worker(out: Path) -> None:
+def _worker(out: Path) -> NoReturn:
+    """Train as one of several processes, and end this one.
+
+    Without taking the interpreter down: a thread of gloo that still holds the last tensor would ask it for its lock
+    then, and abort the process (pytorch/pytorch issue 190489). Destroying the process groups does not end these
+    threads, for DeepSpeed holds its groups for good.
+    """
     job = Job(**json.loads((out / _JOB).read_text(encoding="utf-8")))
     train(job, settings_from(read_yaml(out / _SETTINGS)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
