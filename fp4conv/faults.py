@@ -61,6 +61,7 @@ class Kind(str, Enum):
     MISSING_INPUT_SCALE = "missing-input-scale"
     QUANTISED_BUT_IGNORED = "quantised-but-ignored"
     DENSE_BUT_NOT_IGNORED = "dense-but-not-ignored"
+    DENSE_EXPERTS = "dense-experts"
     NO_QUANT_CONFIG = "no-quant-config"
     CLAIM_WITHOUT_CODES = "claim-without-codes"
     ALGORITHM_DIFFERS = "algorithm-differs"
@@ -190,6 +191,11 @@ ABOUT: Mapping[Kind, About] = {
         _E,
         "the server takes a dense layer for a quantised one, and does not find its scales",
         "name modules in full in the ignore lists, as fp4conv convert SRC DST --to FORMAT does",
+    ),
+    Kind.DENSE_EXPERTS: About(
+        _E,
+        "the server holds the experts of every layer in MXFP4, and has no place for dense ones",
+        "quantise these too: fp4conv convert SRC DST --to mxfp4 --modules experts",
     ),
     Kind.NO_QUANT_CONFIG: About(
         _E,

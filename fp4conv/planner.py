@@ -414,6 +414,10 @@ def _artifact(goal: _Goal) -> Artifact:
         k_multiple=gcd(*(weight.k for weight in quantized)),
         model_type=str(goal.model.config.get("model_type", "")),
         quantised=frozenset(weight.module.rpartition(".")[2] for weight in quantized),
+        dense_experts=any(
+            weight.role is Role.EXPERT and weight.has_matrix and weight.name not in goal.chosen
+            for weight in goal.model.weights
+        ),
     )
 
 

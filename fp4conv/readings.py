@@ -147,6 +147,9 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {
                 _VLLM_QUANT + "utils/quant_utils.py#L680", "linear", _NV),
         Reading((Kind.SET_IN_PART,), "refuses", "ValueError 'Found different quantization schemes for the shards of'",
                 _VLLM_QUANT + "compressed_tensors/utils.py#L66", "linear", _CT),
+        Reading((Kind.DENSE_EXPERTS, Kind.SET_IN_PART), "refuses",
+                "run: RuntimeError: a dense matrix does not fit the parameter that is made for codes",
+                _VLLM + "model_executor/layers/fused_moe/routed_experts.py#L706", "experts", ("openai",)),
         Reading((Kind.QUANTISED_BUT_IGNORED,), "refuses",
                 "any entry that is a part of the name takes the module ('layers.1' takes 'layers.10'): a dense layer "
                 "is made, and its packed weight does not fit", _VLLM_QUANT + "modelopt.py#L213", layouts=_NV),
@@ -211,6 +214,9 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {
                 _SGLANG_QUANT + "modelopt_quant.py#L1846", layouts=_NV),
         Reading((Kind.SET_IN_PART,), "refuses", "ValueError 'Detected some but not all shards of ... are quantized'",
                 _SGLANG_QUANT + "utils.py#L102", "linear"),
+        Reading((Kind.DENSE_EXPERTS, Kind.SET_IN_PART), "silent-damage",
+                "run: passes dense experts over; theirs stay as memory was", _SGLANG + "models/gpt_oss.py#L985",
+                "experts", ("openai",)),
         Reading((Kind.QUANTISED_BUT_IGNORED,), "refuses",
                 "entries take whole paths, prefixes and single parts of a name: a dense layer is made, and its packed "
                 "weight does not fit", _SGLANG_QUANT + "modelopt_quant.py#L379", layouts=_NV),
@@ -259,7 +265,7 @@ READINGS: Mapping[str, tuple[Reading, ...]] = {
                 _HF + "utils/loading_report.py#L213", layouts=("openai", "compressed-tensors")),
         Reading((Kind.WRONG_SHAPE, Kind.TRANSPOSED_EXPERTS), "refuses",
                 "RuntimeError: mismatched sizes, unless ignore_mismatched_sizes", _HF + "utils/loading_report.py#L315"),
-        Reading(_IGNORE, "silent-damage",
+        Reading((*_IGNORE, Kind.SET_IN_PART), "silent-damage",
                 "where it has kernels for MXFP4, it makes the experts of the layer for the other kind: a report "
                 "lists theirs as MISSING, and random values take their place",
                 _HF + "integrations/mxfp4.py#L525", "experts", ("openai",)),

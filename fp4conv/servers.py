@@ -43,6 +43,7 @@ class Artifact:
     openai-original. `family`: a name of `families.FAMILIES`, or unknown. `input_scales`: NVFP4 with
     quantised inputs (W4A4). `k_multiple`: the greatest common divisor of all quantised K. `model_type`:
     that of config.json. `quantised`: last parts of the names of the quantised modules (`kv_b_proj`).
+    `dense_experts`: there are experts that are not quantised.
     """
 
     format: str
@@ -52,13 +53,15 @@ class Artifact:
     k_multiple: int
     model_type: str = ""
     quantised: frozenset[str] = frozenset()
+    dense_experts: bool = False
 
 
 @dataclass(frozen=True)
 class Rule:
     """One row: a condition on an artifact and what the server does with it. An empty tuple is 'any'.
 
-    `k_not_multiple_of` holds when K is no multiple of it; `quantised` when one of these modules is.
+    `k_not_multiple_of` holds when K is no multiple of it; `quantised` when one of these modules is; `dense_experts`
+    when there are some.
     `source` is a link pinned to a commit or a release.
     """
 
@@ -73,6 +76,7 @@ class Rule:
     k_not_multiple_of: int | None = None
     model_types: tuple[str, ...] = ()
     quantised: tuple[str, ...] = ()
+    dense_experts: bool = False
 
     @property
     def version(self) -> str:
@@ -87,6 +91,7 @@ class Rule:
             and self.input_scales in (None, artifact.input_scales)
             and (self.k_not_multiple_of is None or artifact.k_multiple % self.k_not_multiple_of != 0)
             and (not self.quantised or not artifact.quantised.isdisjoint(self.quantised))
+            and (not self.dense_experts or artifact.dense_experts)
         )
 
 
@@ -154,6 +159,9 @@ RULES: tuple[Rule, ...] = (
     Rule("vllm", "loads", "every parameter must be found, else an error",
          _VLLM + "model_executor/model_loader/default_loader.py#L510",
          formats=_PLAIN, layouts=("hf",), families=_LINEAR),
+    Rule("vllm", "refuses", "run: RuntimeError: a dense matrix does not fit the parameter that is made for codes",
+         _VLLM + "model_executor/layers/fused_moe/routed_experts.py#L706",
+         formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",), dense_experts=True),
     Rule("vllm", "loads", "compute capability 8.0 or later; unknown tensor names are skipped in silence",
          _VLLM + "model_executor/models/gpt_oss.py#L554",
          formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",)),
@@ -185,6 +193,9 @@ RULES: tuple[Rule, ...] = (
     Rule("sglang", "loads", "", _SGLANG + "models/llama.py#L701", formats=_PLAIN, layouts=("hf",), families=("dense",)),
     Rule("sglang", "loads", "", _SGLANG + "models/qwen3_moe.py#L1157",
          formats=_PLAIN, layouts=("hf",), families=_EXPERTS),
+    Rule("sglang", "silent-damage", "run: passes dense experts over; theirs stay as memory was",
+         _SGLANG + "models/gpt_oss.py#L985",
+         formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",), dense_experts=True),
     Rule("sglang", "loads", "compute capability 8.0 or later", _SGLANG + "models/gpt_oss.py#L954",
          formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",)),
     Rule("sglang", "refuses",
@@ -216,6 +227,8 @@ RULES: tuple[Rule, ...] = (
     # --- TensorRT-LLM -------------------------------------------------------------------------------------------
     Rule("trtllm", "loads", "", _TRT_GPT_OSS, formats=_PLAIN, layouts=("hf",), families=("gpt-oss",)),
     Rule("trtllm", "loads", "", _TRT_LINEAR, formats=_PLAIN, layouts=("hf",), families=("dense",)),
+    Rule("trtllm", "unknown", "whether the experts of a layer may be dense was not read", _TRT_GPT_OSS,
+         formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",), dense_experts=True),
     Rule("trtllm", "loads", "inputs in MXFP8 on Blackwell, in 16 bits on Hopper", _TRT_GPT_OSS,
          formats=("mxfp4",), layouts=("openai",), families=("gpt-oss",)),
     Rule("trtllm", "unknown",
@@ -316,4 +329,6 @@ def _condition(rule: Rule) -> str:
         words.append(f"K % {rule.k_not_multiple_of} != 0")
     if rule.quantised:
         words.append(f"with {'/'.join(rule.quantised)} quantised")
+    if rule.dense_experts:
+        words.append("with experts of some layers dense")
     return ", ".join(word for word in words if word)

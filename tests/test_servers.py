@@ -25,9 +25,10 @@ FAMILY_NAMES = (*(family.name for family in FAMILIES), "unknown")
 
 
 def artifact(spec: str, *, family: str = "dense", k: int = 128, model_type: str = "", quantised: str = "") -> Artifact:
-    """`spec` is 'format layout' with ' W4A4' behind it where the inputs are quantised."""
-    format_, layout, *inputs = spec.split()
-    return Artifact(format_, layout, family, bool(inputs), k, model_type, frozenset(quantised.split()))
+    """`spec`: 'format layout', then 'W4A4' where the inputs are quantised, 'part' where experts are dense."""
+    format_, layout, *more = spec.split()
+    inputs, part = "W4A4" in more, "part" in more
+    return Artifact(format_, layout, family, inputs, k, model_type, frozenset(quantised.split()), part)
 
 
 def outcomes(made: Artifact) -> dict[str, str]:
@@ -63,7 +64,7 @@ def test_no_row_is_shadowed(rule: Rule) -> None:
     """Each row is the first match of some artifact of the grid, so none is dead."""
     formats = rule.formats or tuple(LAYOUTS)
     grid = (
-        Artifact(format_, layout, family, inputs, k, model_type, frozenset(rule.quantised[:1]))
+        Artifact(format_, layout, family, inputs, k, model_type, frozenset(rule.quantised[:1]), rule.dense_experts)
         for format_ in formats
         for layout in rule.layouts or LAYOUTS[format_]
         for family in rule.families or FAMILY_NAMES
@@ -95,7 +96,9 @@ def test_the_docs_show_this_table() -> None:
     [
         (artifact("bf16 hf", family="gpt-oss"), "LLLLL"),
         (artifact("mxfp4 openai", family="gpt-oss"), "LLLLL"),
+        (artifact("mxfp4 openai part", family="gpt-oss"), "-D-LL"),
         (artifact("mxfp4 openai-original", family="gpt-oss"), "-----"),
+        (artifact("mxfp4 compressed-tensors part", family="moe"), "L--L-"),
         (artifact("nvfp4 modelopt", family="gpt-oss"), "-----"),
         (artifact("nvfp4 modelopt W4A4", family="gpt-oss"), "-----"),
         (artifact("nvfp4 modelopt W4A4", model_type="llama"), "LLL-L"),

@@ -15,7 +15,7 @@ from checkpoints import Array, bf16
 from faults import Tensors, config, edit_json, edit_tensors, replaced
 
 import fp4conv
-from fp4conv.errors import SourceError
+from fp4conv.errors import PlanError, SourceError
 from fp4conv.report.verified import Verified
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
@@ -75,6 +75,18 @@ def dense_experts(folder: Path) -> None:
     edit_json(folder, "config.json", lambda model: model.update(num_hidden_layers=2))
 
 
+def half_dense_experts(folder: Path) -> None:
+    """Experts of gpt-oss whose gate_up_proj is in BF16, and whose down_proj is not."""
+
+    def change(tensors: Tensors) -> None:
+        codes = tensors.pop("model.layers.0.mlp.experts.gate_up_proj_blocks")
+        tensors.pop("model.layers.0.mlp.experts.gate_up_proj_scales")
+        experts, n, blocks, half = codes.shape
+        tensors["model.layers.0.mlp.experts.gate_up_proj"] = bf16(np.ones((experts, 2 * blocks * half, n)))
+
+    edit_tensors(folder, change)
+
+
 def all_of(name: str, value: int) -> Callable[[Path], None]:
     """Every byte of a tensor is `value`."""
 
@@ -105,7 +117,9 @@ _TINY = np.float32(1e-42)
     ("base", "plant", "kind", "severity"),
     [
         (GPT_OSS, added("model.layers.0.mlp.experts.down_proj", bf16(np.ones((4, 96, 128)))), "stored-twice", "error"),
+        (GPT_OSS, dense_experts, "dense-experts", "error"),
         (GPT_OSS, dense_experts, "dense-but-not-ignored", "error"),
+        (GPT_OSS, half_dense_experts, "set-in-part", "error"),
         (
             GPT_OSS,
             quantization(lambda held: held["modules_to_not_convert"].append("model.layers.*.mlp.experts")),  # type: ignore[attr-defined]
@@ -140,6 +154,29 @@ _TINY = np.float32(1e-42)
 def test_it_is_told(tmp_path: Path, base: str, plant: Callable[[Path], object], kind: str, severity: str) -> None:
     assert kind not in severities(fp4conv.verify(FIXTURES / base))
     assert severities(fp4conv.verify(planted(tmp_path, base, plant))).get(kind) == severity
+
+
+@pytest.mark.parametrize(
+    ("server", "says"),
+    [("vllm", "RuntimeError"), ("sglang", "stay as memory was"), ("transformers", "random values")],
+)
+def test_what_servers_make_of_experts_that_are_dense_in_part(tmp_path: Path, server: str, says: str) -> None:
+    """What vLLM and SGLang do was run; and `convert --for` promises no other than `verify --for` finds."""
+    for plant in (dense_experts, half_dense_experts):
+        folder = planted(tmp_path / plant.__name__, GPT_OSS, plant)
+        told = fp4conv.verify(folder, for_server=server).problems
+        assert any(says in problem.consequence for problem in told if problem.severity.value == "error")
+    if server != "transformers":
+        with pytest.raises(PlanError, match=f"{server} .* would (not load|load without an error)"):
+            fp4conv.convert(folder, tmp_path / "out", to="mxfp4", for_server=server)
+
+
+def test_quantising_the_dense_experts_is_the_remedy(tmp_path: Path) -> None:
+    folder = planted(tmp_path, GPT_OSS, dense_experts)
+    remedy = next(p.remedy for p in fp4conv.verify(folder).problems if p.kind == "dense-experts")
+    assert "--to mxfp4 --modules experts" in remedy
+    fp4conv.convert(folder, tmp_path / "out", to="mxfp4", modules="experts", for_server="vllm")
+    assert not fp4conv.verify(tmp_path / "out", for_server="vllm").problems
 
 
 def test_experts_that_a_list_of_mxfp4_names_concern_transformers_alone(tmp_path: Path) -> None:

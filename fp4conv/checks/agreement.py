@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fp4conv.checks.claims import Claim
-from fp4conv.checks.matching import MATCHERS, Asked, Matcher, Undecided, held_as
+from fp4conv.checks.matching import MATCHERS, Asked, Matcher, Undecided, experts_always, held_as
 from fp4conv.checks.weights import KV_SCALES, Held
 from fp4conv.families import Role, shared_set_of
 from fp4conv.faults import Found, Kind
@@ -55,7 +55,7 @@ def _sets_in_part(weights: Iterable[Held]) -> Iterator[Found]:
     """Sets that servers fuse, and the experts of a layer, of which some are quantised and some are not."""
     sets: dict[str, list[Held]] = {}
     for weight in weights:
-        matrix = weight.quantized or weight.name.endswith(".weight")
+        matrix = weight.quantized or linear(weight)
         key = fused_set_of(weight)
         if key and matrix and weight.role is not Role.MTP:
             sets.setdefault(key, []).append(weight)
@@ -209,7 +209,7 @@ def _ignore_faults(
 ) -> Iterator[Found]:
     """Modules that a server would take for dense though they are quantised, or the other way round."""
     asked = {
-        weight.module: weight for weight in weights if weight.role in _ASKED and (weight.quantized or _linear(weight))
+        weight.module: weight for weight in weights if weight.role in _ASKED and (weight.quantized or linear(weight))
     }
     groups = held_as(asked)
     for (server, of), matcher in MATCHERS.items():
@@ -218,7 +218,8 @@ def _ignore_faults(
             yield from _by_server(server, matcher, groups, asked, claim)
 
 
-def _linear(weight: Held) -> bool:
+def linear(weight: Held) -> bool:
+    """Whether it is, by name and shape, a matrix of a linear layer, or a matrix an expert in one tensor."""
     shape = weight.shape or ()
     return (len(shape) == 2 and weight.name.endswith(".weight")) or (len(shape) == 3 and weight.role is Role.EXPERT)
 
@@ -245,9 +246,13 @@ def _by_server(
                 hit = next((entry for entry in claim.ignore if _takes(matcher, module, entry)), claim.ignore[0])
                 found = f"the entry {hit!r} takes it, though it is quantised"
                 expected = "entries that take dense modules only"
+            elif matcher is experts_always:
+                found, expected = "dense, where experts of other layers are not", "all experts in MXFP4, or none"
             else:
                 found, expected = "no entry takes it, though it is dense", "an entry for every dense linear layer"
         kind = Kind.QUANTISED_BUT_IGNORED if quantized else Kind.DENSE_BUT_NOT_IGNORED
+        if not quantized and matcher is experts_always:
+            kind = Kind.DENSE_EXPERTS
         weight = asked[members[0]]
         experts = weight.role is Role.EXPERT
         yield Found(kind, found, expected, module.name, claim.file, weight.name, server=server, experts=experts)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from fp4conv.checks.agreement import agreement_faults
+from fp4conv.checks.agreement import agreement_faults, linear
 from fp4conv.checks.architecture import odd_sizes, promised
 from fp4conv.checks.claims import read_claims
 from fp4conv.checks.structure import named_otherwise, structure_faults
@@ -69,6 +69,7 @@ class Checked:
             k_multiple=gcd(*(_k(weight, self.family) for weight in quantized)),
             model_type=model_type,
             quantised=frozenset(weight.module.rpartition(".")[2] for weight in quantized),
+            dense_experts=any(w.role is Role.EXPERT and not w.quantized and linear(w) for w in self.weights),
         )
 
 

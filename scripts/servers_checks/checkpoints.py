@@ -18,6 +18,7 @@ class Made:
     to: str
     layout: str | None = None
     of_made: bool = False
+    exclude: tuple[str, ...] = ()
 
 
 CT = "compressed-tensors"
@@ -27,6 +28,7 @@ MADE = (
     Made("gptoss-mxfp4-bf16", "gptoss-mxfp4", "bf16", of_made=True),
     Made("gptoss-original", "gptoss-mxfp4", "mxfp4", "openai-original"),
     Made("gptoss-nvfp4", "gptoss-bf16", "nvfp4"),
+    Made("gptoss-mxfp4-in-part", "gptoss-layers-bf16", "mxfp4", of_made=True, exclude=("model.layers.0.*",)),
     Made("llama-nvfp4-w4a4", "llama-qat-fakequant-nvfp4-default", "nvfp4"),
     Made("llama-nvfp4-w4a4-ct", "llama-nvfp4-w4a4", "nvfp4", CT, of_made=True),
     Made("llama-nvfp4-w4a16", "llama-bf16", "nvfp4"),
@@ -60,6 +62,7 @@ class Checkpoints:
 
     def make(self) -> None:
         write_checkpoint(self.ours("qwen3moe-sparse-bf16"), nbytes=5_000_000, family="qwen3-moe")
+        write_checkpoint(self.ours("gptoss-layers-bf16"), nbytes=6_000_000, family="gpt-oss")
         for made in MADE:
             source = self.ours(made.source) if made.of_made else self.theirs(made.source)
-            fp4conv.convert(source, self.ours(made.name), to=made.to, layout=made.layout)
+            fp4conv.convert(source, self.ours(made.name), to=made.to, layout=made.layout, exclude=made.exclude)

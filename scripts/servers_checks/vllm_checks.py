@@ -65,6 +65,7 @@ LOADS = (
 REFUSED = {
     "gptoss-nvfp4": "_bias'",
     "gptoss-original": "Should have a `model_type` key",
+    "gptoss-mxfp4-in-part": "must match the size",
 }
 ROUNDED = 0.01  # log-probabilities that a reciprocal's rounding may move
 
