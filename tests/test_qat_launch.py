@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +25,7 @@ pytest.importorskip("trl")
 from modelopt_cpu import put_kernel
 from transformers import TrainerCallback
 
-from fp4conv.errors import Fp4convError
+from fp4conv.errors import Fp4convError, ResumeError
 from fp4conv.qat import launch, models, steps, train
 from fp4conv.qat.made import Task, write_model, write_task
 from fp4conv.qat.settings import Settings, settings_from
@@ -82,7 +83,7 @@ def share(monkeypatch: pytest.MonkeyPatch, root: Path, out: Path, made_settings:
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with monkeypatch.context() as patched:
-        patched.setattr("fp4conv.qat.launch.subprocess.run", run)
+        patched.setattr("fp4conv.qat.lifeline.subprocess.run", run)
         return launch.launch(job(root, out), made_settings, cpu=True)
 
 
@@ -104,6 +105,7 @@ def test_two_processes_train_as_one(monkeypatch: pytest.MonkeyPatch, made: Path,
     trained = share(monkeypatch, made, tmp_path / "shared", settings(made, gpus=2, sharding=sharding))
     assert said(tmp_path / "shared", 0)["sharded"]
     assert said(tmp_path / "shared", 1) == {"sharded": True, "read": 0, "first": 1}
+    assert "FutureWarning: `torch.distributed" not in (tmp_path / "shared" / "stderr.txt").read_text()
     check_as_one(made, tmp_path / "shared", settings(made, batch_size=16), trained)
 
 
@@ -152,10 +154,38 @@ def test_what_was_trained_to_its_last_step_is_not_trained_again(made: Path, tmp_
     assert not names & {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
 
 
+def test_a_step_goes_on_in_as_many_processes_as_it_began_with(made: Path, tmp_path: Path) -> None:
+    """Of twice as many the trainer would think that half the steps of the same number had been taken."""
+    begun = settings(made, gpus=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launch, "launch", lambda job, _: (Path(job.out) / "checkpoints" / "checkpoint-2").mkdir())
+        launch.run(job(made, tmp_path / "run"), begun)
+        launch.run(job(made, tmp_path / "other"), settings(made, gpus=4))
+        for other in ({"gpus": 1}, {"gpus": 4}, {"gpus": 2, "sharding": "zero3"}):
+            with pytest.raises(ResumeError, match="stopped in training with --gpus 2 --sharding fsdp2, and would"):
+                launch.run(job(made, tmp_path / "run"), settings(made, **other))
+        (tmp_path / "run" / "checkpoints" / "checkpoint-2").rmdir()
+        launch.run(job(made, tmp_path / "run"), settings(made, gpus=4))
+
+
 @pytest.mark.slow
 def test_processes_that_fail_are_an_error(made: Path, tmp_path: Path) -> None:
     with pytest.raises(Fp4convError, match="ended with exit code"):
         launch.launch(job(made, tmp_path), settings(made, dataset=str(tmp_path / "none.jsonl")), cpu=True)
+
+
+def test_warnings_of_the_processes_are_for_their_user() -> None:
+    """torch tells at each step, a line of source beside it, that it renames reduce_scatter_tensor."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        launch._quieten()
+        for module, kind in (
+            ("torch.distributed.c10d_logger", FutureWarning),
+            ("torch.distributed.c10d_logger", UserWarning),
+            ("torch.optim.adamw", FutureWarning),
+        ):
+            warnings.warn_explicit("words", kind, "file.py", 1, module=module)
+    assert [one.category for one in told] == [UserWarning, FutureWarning]
 
 
 def test_a_lone_process_takes_one_gpu_of_those_it_sees(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from fp4conv.errors import PlanError
+from fp4conv.errors import PlanError, ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.admission import check_packing
 from fp4conv.qat.backend import Recipe, open_backend
@@ -55,6 +57,35 @@ def test_calibration_sees_no_padding(tmp_path: Path) -> None:
         for text in set(texts):
             model(torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]))
     assert float(found["model.layers.0.self_attn.q_proj.input_quantizer._amax"]) == pytest.approx(max(seen))
+
+
+# ---- what a trained model has beside its tensors
+
+
+def test_the_small_files_of_a_trained_model_are_those_of_its_source(tmp_path: Path) -> None:
+    """Releases of transformers before 5, which servers have, read `rope_theta`, and do not know TokenizersBackend."""
+    source, saved = tmp_path / "source", tmp_path / "out" / "saved"
+    write_model(source, TASK, family="llama")
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps({**config, "rope_theta": 500_000.0}))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (source / "LICENSE").write_text("as it was")
+    (source / "pytorch_model.bin").write_bytes(b"of another form")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.config.use_cache = False
+    model.save_pretrained(saved)
+    (saved / "training_args.bin").write_bytes(b"of training")
+    (saved / "additional_chat_templates").mkdir()
+
+    steps._keep(source, tmp_path / "out", settings_from({"format": "mxfp4"}))
+    kept = tmp_path / "out" / "model"
+    assert {file.name for file in kept.iterdir()} == {file.name for file in source.iterdir()} - {"pytorch_model.bin"}
+    assert (kept / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
+    assert json.loads((kept / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
 # ---- what the forward pass goes through
@@ -105,6 +136,19 @@ def test_a_weight_that_is_read_past_its_quantiser_is_found(tmp_path: Path, monke
     model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
     backend.prepare(model, Recipe("mxfp4"))
     with pytest.raises(PlanError, match=r"past its quantiser, such as model\.layers\.0\.mlp\.down_proj"):
+        check_in_force(model, backend, {"input_ids": torch.arange(12)[None] + 3})
+
+
+@pytest.mark.parametrize("values", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_show_nothing_and_masked_ones_are_no_difference(
+    tmp_path: Path, values: float
+) -> None:
+    write_model(tmp_path, TASK, family="llama")
+    model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
+    backend.prepare(model, Recipe("mxfp4"))
+    mask = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([4]), values)
+    model.lm_head.register_forward_hook(lambda _, __, out: out + mask)
+    with pytest.raises(ValuesError, match="are no numbers") if math.isnan(values) else nullcontext():
         check_in_force(model, backend, {"input_ids": torch.arange(12)[None] + 3})
 
 

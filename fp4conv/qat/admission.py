@@ -48,18 +48,6 @@ def check_skipped(settings: Settings) -> None:
         )
 
 
-def check_scheduler(settings: Settings) -> None:
-    """UsageError for a learning-rate schedule that transformers has not."""
-    from transformers import SchedulerType
-
-    names = [one.value for one in SchedulerType]
-    if settings.scheduler not in names:
-        raise UsageError(
-            f"scheduler is {settings.scheduler!r}, which transformers does not know",
-            hint=f"choose one of {', '.join(names)}",
-        )
-
-
 def check_sharing(settings: Settings) -> None:
     """UsageError for what several processes would train in another way than it is exported, or cannot start with."""
     if settings.gpus == 1:

@@ -7,13 +7,14 @@ the same model with the quantised values put in place of its masters.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from fp4conv.errors import PlanError
+from fp4conv.errors import PlanError, ValuesError
 from fp4conv.qat.backend import Backend, Batch
 
 
@@ -28,6 +29,8 @@ def bake(model: torch.nn.Module, backend: Backend) -> None:
 def check_in_force(model: torch.nn.Module, backend: Backend, batch: Batch) -> None:
     """PlanError where some path of the forward pass over `batch` goes past a weight's quantiser. `model` is baked.
 
+    ValuesError where its logits have a NaN, of which nothing could be told.
+
     A device may add in another order each time, which is asked not to; what two passes over the same values differ by
     nevertheless is let pass.
     """
@@ -37,6 +40,12 @@ def check_in_force(model: torch.nn.Module, backend: Backend, batch: Batch) -> No
         noise = _largest(first, _logits(model, batch))
         bake(model, backend)
         found = _largest(first, _logits(model, batch))
+    if math.isnan(found):
+        raise ValuesError(
+            "its logits for the first training example are no numbers, with fake quantisers on",
+            where=type(model).__name__,
+            hint="look at its weights with fp4conv inspect; values beyond BF16 want --dtype float32",
+        )
     if found > 2 * noise:
         named = f", such as {min(idle)}" if idle else ""
         raise PlanError(
@@ -54,7 +63,8 @@ def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max())
+    """The largest difference; NaN where one has a NaN. An output that is masked with -inf in both is no difference."""
+    return float(torch.where(one == other, 0.0, one - other).abs().max())
 
 
 @contextmanager

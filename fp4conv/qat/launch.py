@@ -4,30 +4,55 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 import yaml
 
-from fp4conv.errors import Fp4convError
+from fp4conv.errors import Fp4convError, ResumeError
+from fp4conv.qat import lifeline
 from fp4conv.qat.settings import Settings, settings_from
 from fp4conv.qat.settings_yaml import read_yaml, to_yaml
-from fp4conv.qat.train import Job, Trained, finish, read_result, train
+from fp4conv.qat.train import CHECKPOINTS, Job, Trained, finish, read_result, train
 
 _JOB, _SETTINGS, _ACCELERATE, _DEEPSPEED = "job.json", "settings.yaml", "accelerate.yaml", "deepspeed.json"
+_PROCESSES = "processes.json"  # beside the trainer's checkpoints: what wrote them
 
 
 def run(job: Job, settings: Settings) -> Trained:
-    """Train in this process, or with `settings.gpus` of them, unless that was done; Fp4convError where they fail."""
+    """Train in this process, or with `settings.gpus` of them, unless that was done; Fp4convError where they fail.
+
+    Raises ResumeError where it would go on from checkpoints of another number of processes.
+    """
     out = Path(job.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     finished = finish(job)
     if finished is not None:
         return finished
+    _check_processes(out / CHECKPOINTS, settings)
     return train(job, settings) if settings.gpus == 1 else launch(job, settings)
+
+
+def _check_processes(checkpoints: Path, settings: Settings) -> None:
+    """Note how many processes write into `checkpoints`, and ResumeError where others have begun to.
+
+    The trainer would count anew, by the batches of the new number, which examples it has seen and how many steps there
+    are, and would look for an optimizer's state of another kind.
+    """
+    noted = checkpoints / _PROCESSES
+    now = ["--gpus", str(settings.gpus), *(["--sharding", settings.sharding] if settings.gpus > 1 else [])]
+    if any(checkpoints.glob("checkpoint-*")) and noted.is_file():
+        before = json.loads(noted.read_text(encoding="utf-8"))
+        if before != now:
+            raise ResumeError(
+                f"this step was stopped in training with {' '.join(before)}, and would go on with {' '.join(now)}",
+                where=str(checkpoints),
+                hint=f"go on with {' '.join(before)}; or remove {checkpoints} to do the step again from its beginning",
+            )
+    noted.write_text(json.dumps(now), encoding="utf-8")
 
 
 def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:
@@ -39,10 +64,10 @@ def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:
     (out / _DEEPSPEED).write_text(json.dumps(deepspeed_config(), indent=1), encoding="utf-8")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(out / _ACCELERATE)]
     command = [*launcher, "-m", "fp4conv.qat.launch", str(out)]
-    done = subprocess.run(command, check=False, stdout=sys.stderr, env=_environment())
-    if done.returncode:
+    exit_code = lifeline.run(command, _environment())
+    if exit_code:
         raise Fp4convError(
-            f"training in {settings.gpus} processes ended with exit code {done.returncode}; the reason is above",
+            f"training in {settings.gpus} processes ended with exit code {exit_code}; the reason is above",
             where=str(out),
             hint="once that is dealt with, the same command goes on from the last checkpoint",
         )
@@ -96,11 +121,18 @@ def _worker(out: Path) -> NoReturn:
     then, and abort the process (pytorch/pytorch issue 190489). Destroying the process groups does not end these
     threads, for DeepSpeed holds its groups for good.
     """
+    lifeline.end_with_starter()
+    _quieten()
     job = Job(**json.loads((out / _JOB).read_text(encoding="utf-8")))
     train(job, settings_from(read_yaml(out / _SETTINGS)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _quieten() -> None:
+    """Pass over what torch says to its users' libraries, at every step and in every process: what it will rename."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\b")
 
 
 if __name__ == "__main__":

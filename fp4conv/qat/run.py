@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from fp4conv.qat.report import Report
 
 SETTINGS_FILE = "qat.yaml"
-# Settings that change no step's result, so that they may differ when a run goes on.
+# Settings that may differ when a run goes on: those of the machine (within a step of training `launch` wants the same
+# processes, whose number is a factor of the batch), and those that change no result.
 _FREE = frozenset({"gpus", "sharding", "save_steps", "logging_steps", "max_memory", "eval_batch_size", "output"})
 _NEEDED = ("torch", "transformers", "accelerate", "datasets", "trl")
 

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fp4conv.commands.convert import convert
+from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
 from fp4conv.layouts.fakequant import input_targets
 from fp4conv.model import Stored
@@ -29,6 +30,7 @@ from fp4conv.qat.models import free, load_model, load_tokenizer, parsed
 from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.state import read_state
 from fp4conv.qat.train import CHECKPOINTS, SAVED, Job, Trained
+from fp4conv.sources import open_source
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +149,8 @@ def qat(source: Path, places: Places, settings: Settings, *, quiet: bool = False
 def _keep(source: Path, out: Path, settings: Settings) -> None:
     """Make out/model: what the trainer saved, or with LoRA the source with the adapter merged; compared by name."""
     model = out / "model"
+    if not settings.lora:
+        _put_files_of(source, out / SAVED)
     convert(
         source if settings.lora else out / SAVED,
         model,
@@ -158,6 +162,23 @@ def _keep(source: Path, out: Path, settings: Settings) -> None:
         merge_rounding="training" if settings.lora else None,
     )
     check_saved(model, source)
+
+
+def _put_files_of(source: Path, saved: Path) -> None:
+    """Put config, tokenizer and other small files of `source` beside the tensors in `saved`, in place of its own.
+
+    transformers writes them anew, as its release knows them and as training had them. Readers of earlier releases pass
+    over the new names in silence: a `rope_theta` that moved into `rope_parameters` is 10,000 to them.
+    """
+    for file in saved.iterdir():
+        if file.is_dir():
+            shutil.rmtree(file)
+        elif ".safetensors" not in file.name:
+            file.unlink()
+    opened = open_source(source)
+    for name in ("config.json", *(file.name for file in companion_files(opened, {})[0])):
+        (saved / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, saved / name)
 
 
 def tidy(out: Path, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from fp4conv.qat.divergence import check_finite, divergence
 from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
 from fp4conv.qat.progress import progress
 from fp4conv.qat.quantising import backend_of
+from fp4conv.qat.schedule import schedule_options
 from fp4conv.qat.sharing import OptimizerCheck, tell_apart
 
 if TYPE_CHECKING:
@@ -183,7 +184,6 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
 
     sft = job.kind == "sft"
     cuda = torch.cuda.is_available()
-    floor = {"min_lr_rate": settings.min_lr_rate} if settings.scheduler == "cosine_with_min_lr" else {}
     made = SFTConfig(
         output_dir=str(Path(job.out) / CHECKPOINTS),
         per_device_train_batch_size=settings.batch_size,
@@ -192,7 +192,7 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
         max_steps=settings.sft_max_steps if sft else settings.qat_max_steps,
         learning_rate=settings.sft_rate if sft else settings.qat_rate,
         lr_scheduler_type=settings.scheduler,
-        lr_scheduler_kwargs=floor,
+        lr_scheduler_kwargs=schedule_options(settings.scheduler, settings.min_lr_rate),
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

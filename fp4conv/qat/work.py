@@ -19,6 +19,7 @@ from fp4conv.qat.machine import machine
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
 from fp4conv.qat.quantising import backend_of, recipe_of
 from fp4conv.qat.report import Report, versions, write_report
+from fp4conv.qat.schedule import check_schedule
 from fp4conv.qat.scoring import Scoring, rows_of
 from fp4conv.qat.train import Trained
 from fp4conv.qat.unchanged import inputs_of
@@ -55,7 +56,7 @@ class Work:
             )
         backend_of(settings).check(recipe_of(settings))
         admission.check_skipped(settings)
-        admission.check_scheduler(settings)
+        check_schedule(settings)
         admission.check_sharing(settings)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
