@@ -62,6 +62,7 @@ class Kind(str, Enum):
     QUANTISED_BUT_IGNORED = "quantised-but-ignored"
     DENSE_BUT_NOT_IGNORED = "dense-but-not-ignored"
     DENSE_EXPERTS = "dense-experts"
+    TIED_HEAD_DIFFERS = "tied-head-differs"
     NO_QUANT_CONFIG = "no-quant-config"
     CLAIM_WITHOUT_CODES = "claim-without-codes"
     ALGORITHM_DIFFERS = "algorithm-differs"
@@ -196,6 +197,11 @@ ABOUT: Mapping[Kind, About] = {
         _E,
         "the server holds the experts of every layer in MXFP4, and has no place for dense ones",
         "quantise these too: fp4conv convert SRC DST --to mxfp4 --modules experts",
+    ),
+    Kind.TIED_HEAD_DIFFERS: About(
+        _E,
+        "programs that go by config.json compute with the embeddings in place of this head, others with the head",
+        "say tie_word_embeddings false in config.json where this head is meant, else leave the head out",
     ),
     Kind.NO_QUANT_CONFIG: About(
         _E,

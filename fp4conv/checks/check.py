@@ -11,6 +11,7 @@ from fp4conv.checks.agreement import agreement_faults, linear
 from fp4conv.checks.architecture import odd_sizes, promised
 from fp4conv.checks.claims import read_claims
 from fp4conv.checks.structure import named_otherwise, structure_faults
+from fp4conv.checks.tied import tied_faults
 from fp4conv.checks.values import bytes_to_read, value_faults
 from fp4conv.checks.weights import Held, held_weights
 from fp4conv.errors import SourceError
@@ -157,7 +158,8 @@ def check_values(
 ) -> list[Found]:
     """Block scales, scalars and dense values of what `check_structure` found."""
     with checked.source.reader() as reader:
-        return value_faults(checked.weights, reader, chunk_bytes=chunk_bytes, workers=workers, progress=progress)
+        faults = value_faults(checked.weights, reader, chunk_bytes=chunk_bytes, workers=workers, progress=progress)
+        return [*faults, *tied_faults(checked.weights, checked.config, reader, chunk_bytes=chunk_bytes)]
 
 
 def value_bytes(checked: Checked) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fp4conv.checks.check import check_structure
+from fp4conv.checks.check import Checked, check_structure
+from fp4conv.checks.judge import judged
 from fp4conv.checks.survey import Survey, read_configs
+from fp4conv.checks.tied import tied_faults, tied_pair
 from fp4conv.errors import SourceError
 from fp4conv.faults import ABOUT, Found, Kind, Severity
 from fp4conv.hints.values import BESIDE
@@ -16,12 +18,14 @@ from fp4conv.plan import Plan
 from fp4conv.safetensors_io import ShardLayout, read_header
 from fp4conv.sources.listing import INDEX_SUFFIX, parse_object
 
+_CHUNK_BYTES = 16_000_000
+
 
 class BrokenResultError(AssertionError):
     """A finished result is not what its plan says: a bug of fp4conv, never the user's."""
 
 
-def check_result(plan: Plan, root: Path) -> None:
+def check_result(plan: Plan, root: Path) -> Checked:
     """Raise BrokenResultError where the files in `root` have an error that the source has not. Reads headers alone.
 
     Shards that have left the folder already are taken as planned.
@@ -32,7 +36,8 @@ def check_result(plan: Plan, root: Path) -> None:
     tensors = {ref.name: ref for shard in shards.values() for ref in shard.tensors}
     configs = read_configs(root, {path.name for path in root.iterdir()}, faults)
     result = Survey(root, str(root), (), (), tensors, (), configs)
-    faults += check_structure(result, parsed=False).faults
+    checked = check_structure(result, parsed=False)
+    faults += checked.faults
     # What one server alone misreads is no bug: a module may have a name that its lists cannot tell from another's.
     errors = [fault for fault in faults if ABOUT[fault.kind].severity is Severity.ERROR and fault.server is None]
     if errors:
@@ -46,6 +51,27 @@ def check_result(plan: Plan, root: Path) -> None:
             f"{first.name or first.file}: found {first.found}; expected {first.expected}. It stays in {root}, without "
             "its final name"
         )
+    return checked
+
+
+def tied_head_warnings(checked: Checked, server: str | None, name: str) -> tuple[str, ...]:
+    """A word where the result has an output head that is not the embeddings to which its config ties it.
+
+    Values are compared of files that are still there; `server` is the one that the result is for, `name` its own.
+    """
+    pair = tied_pair(checked.weights, checked.config)
+    root = checked.source.root
+    if pair is None:
+        return ()
+    if any(not (root / ref.file).exists() for weight in pair for ref in weight.parts.values()):
+        return (
+            f"{pair[0].name} is stored though config.json ties it to {pair[1].name}: whether it differs was not "
+            f"compared, since it is not here any more; fp4conv verify does",
+        )
+    with checked.source.reader() as reader:
+        faults = list(tied_faults(checked.weights, checked.config, reader, chunk_bytes=_CHUNK_BYTES))
+    problems = judged(faults, checked.checkpoint, server, source=name)
+    return tuple(f"{each.tensor}: {each.found}; {each.consequence}; next: {each.remedy}" for each in problems)
 
 
 def _header(root: Path, file: str, shard: ShardLayout) -> list[Found]:

@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
-from fp4conv.checks.own import check_result
+from fp4conv.checks.own import check_result, tied_head_warnings
 from fp4conv.commands.fetching import Fetching
 from fp4conv.commands.publishing import Push, check_not_source, place_of, publish, publishing
 from fp4conv.errors import UsageError
@@ -173,9 +173,10 @@ def convert(
                 remove_source(out)
                 write_files(plan, out)
                 write_hints(plan, out, outcome.results)
-            check_result(plan, out.root)
+            tied = tied_head_warnings(check_result(plan, out.root), for_server, str(place))
             hints_found = hints_result(plan, hint_bytes(plan, out), outcome)
             result = _result(plan, str(place), 0.0, outcome.results, hints_found, bytes_read=outcome.bytes_read)
+            result = replace(result, warnings=(*result.warnings, *tied))
             if push is not None and publication is not None:
                 result = publish(push, publication, out, plan, result=result, command=typed)
         if push is not None and push.drop:
