@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,12 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+import fp4conv
 from fp4conv.errors import PlanError, ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.admission import check_packing
 from fp4conv.qat.backend import Recipe, open_backend
 from fp4conv.qat.in_force import check_in_force
 from fp4conv.qat.made import Task, tokenizer_for, write_model
+from fp4conv.qat.models import parsed
+from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
 
 TASK = Task(rules=2, prime=5)
@@ -86,6 +90,40 @@ def test_the_small_files_of_a_trained_model_are_those_of_its_source(tmp_path: Pa
     assert {file.name for file in kept.iterdir()} == {file.name for file in source.iterdir()} - {"pytorch_model.bin"}
     assert (kept / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()
     assert json.loads((kept / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+# ---- what a kill leaves
+
+
+@pytest.mark.parametrize("place", ["upcast", "sft/model", "export", "ptq/mxfp4", "ptq/mxfp4-dense"])
+def test_a_conversion_that_was_killed_is_begun_anew_when_its_source_was_written_again(
+    tmp_path: Path, place: str
+) -> None:
+    """What the trainer saved is made again of its last checkpoint, for one: with another time of writing."""
+    write_model(tmp_path / "model", TASK, family="llama")
+    places, target = steps.Places(tmp_path / "out"), tmp_path / "out" / place
+    shutil.copytree(tmp_path / "model", places.sft / "saved")
+    target.parent.mkdir(exist_ok=True)
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp4conv.convert(places.sft / "saved", target, to="bf16", max_shard_size=20_000, hints=False, on_bytes=killed)
+    assert target.with_name(f"{target.name}.partial").is_dir()
+    settings = settings_from(SETTINGS, {"model": str(tmp_path / "model"), "dtype": "bfloat16"})
+    scoring = Scoring(tmp_path / "model", tmp_path / "model", places, settings, ())
+    chosen = steps.selection(parsed(tmp_path / "model"), ("model.layers.0.mlp.down_proj.weight",))
+    if place == "upcast":
+        steps.upcast(tmp_path / "model", places, settings)
+    elif place == "sft/model":
+        steps._keep(tmp_path / "model", places.sft, settings)
+    elif place == "export":
+        steps.quantise(tmp_path / "model", target, "nvfp4", settings, chosen=chosen)
+    else:
+        steps.quantise(tmp_path / "model", places.ptq / "mxfp4", "mxfp4", settings, chosen=chosen)
+        scoring._loaded_again(places.ptq / "mxfp4")
+    assert (target / "config.json").is_file() or place == "ptq/mxfp4-dense"
 
 
 # ---- what the forward pass goes through

@@ -164,8 +164,14 @@ class Scoring:
         if found.format_name == MXFP4.name and found.layout == "openai":
             return load_model(folder, self.settings)
         dense = folder.with_name(f"{folder.name}-dense")
-        shutil.rmtree(dense, ignore_errors=True)
-        convert(folder, dense, to=dense_format(self.settings), hints=False, max_memory=self.settings.max_memory)
+        convert(
+            folder,
+            dense,
+            to=dense_format(self.settings),
+            hints=False,
+            max_memory=self.settings.max_memory,
+            overwrite=True,
+        )
         model = load_model(dense, self.settings)
         shutil.rmtree(dense)
         return model

@@ -1,6 +1,7 @@
 """The steps of a run, each from folders into folders: upcast, sft, calibrate, qat, export. Each can be done again.
 
-Owns what a step does, and no word of the order, the journal or the report (`run`).
+Owns what a step does, and no word of the order, the journal or the report (`run`). A conversion overwrites: what a
+killed one left was made of files that may have been written again since, and could not be gone on with.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def upcast(source: str | Path, places: Places, settings: Settings) -> None:
         to=dense_format(settings),
         hints=False,
         max_memory=settings.max_memory,
-        overwrite=places.upcast.exists(),
+        overwrite=True,
     )
 
 
@@ -157,7 +158,7 @@ def _keep(source: Path, out: Path, settings: Settings) -> None:
         to=dense_format(settings),
         hints=False,
         max_memory=settings.max_memory,
-        overwrite=model.exists(),
+        overwrite=True,
         lora=[out / SAVED] if settings.lora else [],
         merge_rounding="training" if settings.lora else None,
     )
@@ -229,7 +230,7 @@ def quantise(
         input_scales=input_scales,
         hints=False,
         max_memory=settings.max_memory,
-        overwrite=out.exists(),
+        overwrite=True,
     )
 
 
