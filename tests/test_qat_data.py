@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_of_prompt_and_completion_the_loss_is_over_the_completion(tmp_path: Path
     example = data.train[0]
     assert example.ids == ids("<s> a b c d </s>")
     assert example.labels == [IGNORED] * 3 + list(ids("c d </s>"))
-    assert (data.kind, example.answer, data.has_answers) == ("prompt/completion", " c d", True)
+    assert (data.kind, example.answered, data.has_answers) == ("prompt/completion", True, True)
 
 
 def test_of_text_the_loss_is_over_all(tmp_path: Path) -> None:
@@ -60,11 +61,7 @@ def test_chats_go_through_the_template(tmp_path: Path, monkeypatch: pytest.Monke
     assert data.train[0].ids == ids("user : a assistant : b")
     data = load(write(tmp_path / "e.jsonl", *[{"prompt": chat[:1], "completion": chat[1:]}] * 4))
     assert data.train[0].labels == [IGNORED] * 5 + list(ids("b"))
-    assert data.train[0].answer == "b"
-    # A template's own words are no special tokens: what is generated has them, so the answer must.
-    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE.replace("assistant : {%", "assistant {%"))
-    data = load(tmp_path / "e.jsonl")
-    assert data.train[0].answer == ": b"
+    assert data.train[0].answered
 
 
 def test_a_folder_has_its_splits_by_name_and_parquet_reads_the_same(tmp_path: Path) -> None:
@@ -239,6 +236,94 @@ def test_a_message_without_content_is_not_the_word_none(tmp_path: Path, monkeypa
         load(write(tmp_path / "d.jsonl", *[{"messages": chat}] * 4))
 
 
+DATED = "{{ strftime_now('%d %B %Y') }} " + TEMPLATE
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+MACRO = "{% macro today() %}{{ strftime_now('%d %B %Y') }}{% endmacro %}{{ today() }} "
+
+
+@pytest.mark.parametrize("template", [DATED, "\n" + DATED, MACRO + TEMPLATE])
+def test_templates_that_write_the_date_write_the_one_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    """gpt-oss's does: tomorrow the same rows would be other examples."""
+    tokenizer = tokenizer_for([*WORDS, "03", "February", "2031", str(datetime.date.today().year)])
+    tokenizer.chat_template = template
+    path = write(tmp_path / "d.jsonl", *[{"messages": CHAT}] * 4)
+    settings = settings_from({"dataset": str(path), "chat_date": "2031-02-03"})
+    found = load_data(settings, tokenizer).train[0].ids
+    assert tokenizer.decode(found) == "03 February 2031 user : a assistant : b"
+    alone = tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert found[3:] == tuple(alone[3:])
+    today = load_data(settings_from({"dataset": str(path)}), tokenizer).train[0].ids
+    assert str(datetime.date.today().year) in tokenizer.decode(today).split()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_options_of_a_row_reach_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_text: bool
+) -> None:
+    """In the columns that trl reads: a model that is to call tools must see them in training."""
+    words = "{% if tools %}{{ tools[0]['function']['name'] }} {% endif %}{{ effort }} "
+    monkeypatch.setattr(TOKENIZER, "chat_template", words + TEMPLATE)
+    tools: object = [{"type": "function", "function": {"name": "c", "parameters": {}}}]
+    row = {"tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"effort": "d"}}
+    data = load(write(tmp_path / "d.jsonl", *[{**row, "messages": CHAT}] * 4))
+    assert data.train[0].ids == ids("c d user : a assistant : b")
+    data = load(write(tmp_path / "e.jsonl", *[{**row, "prompt": CHAT[:1], "completion": CHAT[1:]}] * 4))
+    assert data.train[0].ids == ids("c d user : a assistant : b")
+    for wrong in ({"tools": "c"}, {"tools": [1]}, {"chat_template_kwargs": "d"}):
+        with pytest.raises(Fp4convError, match=r"line [1-4]: (tools|chat_template_kwargs) is"):
+            load(write(tmp_path / "f.jsonl", *[{**wrong, "messages": CHAT}] * 4))
+
+
+def test_keys_that_only_other_rows_of_a_table_have_do_not_reach_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parquet every call of a tool has the arguments of all calls, most of them null."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE)
+    rows = [[{"role": "assistant", "tool_calls": [{key: "x"}]}] for key in "ab" * 4]
+    parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "d.parquet")
+    seen: list[list[dict[str, list[dict[str, str]]]]] = []
+
+    def render(chat: list[dict[str, list[dict[str, str]]]], **_: object) -> dict[str, list[int]]:
+        seen.append(chat)
+        return {"input_ids": [4, 5]}
+
+    monkeypatch.setattr(TOKENIZER, "apply_chat_template", render)
+    load(tmp_path / "d.parquet", test_size=0.25)
+    assert [len(chat[0]["tool_calls"][0]) for chat in seen] == [1] * 8
+
+
+def test_messages_that_the_template_leaves_out_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates take what they know, in silence: gpt-oss's, one system message and no role 'human'."""
+    known = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+    monkeypatch.setattr(TOKENIZER, "chat_template", known)
+    told = load(write(tmp_path / "d.jsonl", *[{"messages": [{"role": "system", "content": "h"}, *CHAT]}] * 4)).notes
+    assert len(told) == 1
+    assert "messages that the chat template leaves out: 4" in told[0]
+    assert "line 1, message 1, system" in told[0] or "line 2, message 1, system" in told[0]
+    chat = [{"role": "human", "content": "g"}, CHAT[1]]
+    with pytest.raises(Fp4convError, match=r"line \d: the chat template leaves out message 1, whose role is 'human'"):
+        load(write(tmp_path / "e.jsonl", *[{"messages": chat}] * 4))
+    with pytest.raises(Fp4convError, match="no list of objects with a role"):
+        load(write(tmp_path / "f.jsonl", *[{"messages": [{"role": None, "content": "a"}]}] * 4))
+    monkeypatch.setattr(TOKENIZER, "chat_template", TEMPLATE)
+    assert load(tmp_path / "d.jsonl").notes == ()
+
+
+def test_half_a_character_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "a \\ud83d\\ude00"}\n{"text": "\\ud83d b"}\n')
+    with pytest.raises(Fp4convError, match="line 3: has half of a character"):
+        load(path)
+    path.write_text('{"text": ' + "[" * 100_000)
+    with pytest.raises(Fp4convError, match="line 1: is not JSON"):
+        load(path)
+
+
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\r\n' * 3)
     assert load(tmp_path / "d.jsonl").train[0].ids == ids("<s> a </s>")
@@ -251,7 +336,7 @@ def test_what_is_cut_or_left_out_is_told(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", *rows, *long)
     data = load(tmp_path, max_length=6, max_new_tokens=1)
     assert (len(data.train), len(data.test)) == (9, 9)
-    assert [example.answer for example in data.test] == [" c"] * 8 + [None], "half an answer cannot be given right"
+    assert [example.answered for example in data.test] == [True] * 8 + [False], "half an answer cannot be given right"
     cut, left, answers = data.notes
     assert cut.startswith("examples longer than max_length 6, which are cut: 4")
     assert left == "examples without a token to learn, which are left out: 3"

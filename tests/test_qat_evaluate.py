@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fp4conv.qat.backend import Recipe, open_backend
-from fp4conv.qat.data import Example
+from fp4conv.qat.data import Example, load_data
 from fp4conv.qat.evaluate import answerable, evaluate
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.settings import settings_from
@@ -27,7 +27,7 @@ TOKENIZER = tokenizer_for(WORDS)
 def example(prompt: str, answer: str) -> Example:
     start = TOKENIZER(prompt)["input_ids"]
     rest = TOKENIZER(answer, add_special_tokens=False)["input_ids"]
-    return Example((*start, *rest, TOKENIZER.eos_token_id), len(start), f" {answer}")
+    return Example((*start, *rest, TOKENIZER.eos_token_id), len(start), answered=True)
 
 
 class Scripted:
@@ -67,6 +67,19 @@ def test_an_answer_is_right_when_every_word_is(said: str, passed: int) -> None:
     assert score.tokens == 5
 
 
+def test_tags_in_an_answer_that_decoding_leaves_out_do_not_fail_it(tmp_path: Path) -> None:
+    """Chats written out as text have them: gpt-oss's channels are special tokens."""
+    (tmp_path / "d.jsonl").write_text('{"prompt": "9", "completion": " 7 <s> 12"}\n' * 2)
+    test = load_data(settings_from({"dataset": str(tmp_path / "d.jsonl")}), TOKENIZER).test
+    assert evaluate(Scripted({"9": "7 <s> 12"}), TOKENIZER, test, settings_from({})).passed == 1
+    assert evaluate(Scripted({"9": "7 <s> 13"}), TOKENIZER, test, settings_from({})).passed == 0
+
+
+def test_no_words_are_no_right_answer() -> None:
+    test = (example("9", "not known"),)  # decoding leaves out what stands for unknown words
+    assert evaluate(Scripted({"9": ""}), TOKENIZER, test, settings_from({})).passed == 0
+
+
 def test_the_loss_is_that_of_the_model_itself_one_by_one(tmp_path: Path) -> None:
 
     folder = tmp_path / "model"
@@ -93,8 +106,8 @@ def test_generation_ends_at_the_ends_of_model_and_tokenizer_and_penalises_nothin
 
 def test_only_whole_answers_to_whole_prompts_are_asked_for() -> None:
     whole = example("rule1 3", "7 12")
-    cut, empty = replace(whole, ids=whole.ids[: whole.start]), Example(whole.ids, 0, "7 12")
-    examples = (whole, cut, empty, replace(whole, answer=None), example("9", "1 2 3 4"))
+    cut, empty = replace(whole, ids=whole.ids[: whole.start]), Example(whole.ids, 0, answered=True)
+    examples = (whole, cut, empty, replace(whole, answered=False), example("9", "1 2 3 4"))
     assert answerable(examples, settings_from({"max_new_tokens": 4})) == [whole]
     score = evaluate(Scripted({"rule1 3": "7 12"}), TOKENIZER, examples, settings_from({"max_new_tokens": 4}))
     assert (score.passed, score.asked) == (1, 1)
@@ -119,9 +132,10 @@ def test_answers_in_batches_are_those_of_the_largest_logit_one_by_one(tmp_path: 
         with torch.no_grad():
             while len(ids) < len(prompt) + 5 and ids[-1] != tokenizer.eos_token_id:
                 ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        answer = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-        examples.append(Example(tuple(ids), len(prompt), answer))
+        if tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True):
+            examples.append(Example(tuple(ids), len(prompt), answered=True))
     score = evaluate(model, tokenizer, examples, settings)
-    assert (score.passed, score.asked) == (6, 6)
-    wrong = [replace(each, answer=f"{each.answer} 3") for each in examples]
+    assert score.passed == score.asked == len(examples) >= 5
+    some, other = tokenizer("3 4", add_special_tokens=False)["input_ids"]
+    wrong = [replace(each, ids=(*each.ids[:-1], other if each.ids[-1] == some else some)) for each in examples]
     assert evaluate(model, tokenizer, wrong, settings).passed == 0

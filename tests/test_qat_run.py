@@ -260,6 +260,28 @@ def test_places_that_a_run_does_not_write_to(tmp_path: Path, done: Run, output: 
     assert message in result.output
 
 
+def test_a_run_goes_on_another_day_with_the_chats_of_the_first(
+    tmp_path: Path, done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss's template writes the date into every example."""
+    shutil.copytree(done.root / "model", tmp_path / "model")
+    template = "{{ strftime_now('%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": f"w0 {number}"}]} for number in range(8)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*command(tmp_path, format="mxfp4", dataset=tmp_path / "data.jsonl", skip="evaluate"), "--chat-date"]
+    from fp4conv.qat import train
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "progress", lambda _: Stop(1))
+        assert CliRunner().invoke(main, [*words, "2031-02-03"]).exit_code == 130
+    result = CliRunner().invoke(main, [*words, "2031-02-04"])
+    assert "chat_date was '2031-02-03', is '2031-02-04'" in result.output
+    result = CliRunner().invoke(main, words[:-1])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["chat_date"] == "2031-02-03"
+
+
 class Stop(TrainerCallback):  # type: ignore[misc]
     """Ctrl-C after a step of training."""
 

@@ -101,6 +101,8 @@ def test_every_preset_is_valid(name: str) -> None:
         ("min_lr_rate: 2", "at most 1"),
         ("sft_max_steps: 0", "at least 1, or -1"),
         ("lora_alpha: 0", "expected more than 0"),
+        ("chat_date: tomorrow", "expected a day such as 2026-01-31"),
+        ("chat_date: 20260131", "expected text"),
         ("max_memory: much", "'much' is not a size"),
         ("seed: 1\nformat: mxfp4\nseed: 2", "says seed more than once"),
         ("\tseed: 1", "is not YAML"),
@@ -120,6 +122,14 @@ def test_a_wrong_config_is_an_error_that_says_what(tmp_path: Path, text: str, me
 def test_numbers_as_yaml_1_1_reads_them_are_numbers() -> None:
     """1e-5 without a point is a string to YAML 1.1; people write it."""
     assert settings_from({"qat_learning_rate": yaml.safe_load("1e-5")}).qat_learning_rate == 1e-5
+
+
+def test_a_day_as_yaml_reads_it_is_a_day(tmp_path: Path) -> None:
+    (tmp_path / "qat.yaml").write_text("chat_date: 2026-01-31\n")
+    made = settings_of({}, config=tmp_path / "qat.yaml")
+    assert made.chat_date == "2026-01-31"
+    (tmp_path / "qat.yaml").write_text(to_yaml(made))
+    assert settings_of({}, config=tmp_path / "qat.yaml") == made
 
 
 def test_an_unknown_preset_is_named() -> None:

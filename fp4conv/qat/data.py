@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp4conv.errors import UsageError
+from fp4conv.qat.chats import Chats
 from fp4conv.qat.rows import Row, Splits, splits, training_rows
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ IGNORED = -100  # the label of a token that the loss leaves out
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and where the completion starts (0: the loss is over all). `answer`: the right completion, as text.
+    """Token ids, and where the completion starts (0: the loss is over all). `answered`: the completion is right.
 
     An example without a token to learn has nothing after `start`, or no token before its last.
     """
 
     ids: tuple[int, ...]
     start: int
-    answer: str | None = None
+    answered: bool = False
 
     @property
     def labels(self) -> list[int]:
@@ -65,7 +66,7 @@ class Data:
 
     @property
     def has_answers(self) -> bool:
-        return any(example.answer is not None for example in self.test)
+        return any(example.answered for example in self.test)
 
 
 def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase) -> Data:
@@ -73,7 +74,8 @@ def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBas
     assert settings.dataset is not None, "checked with the other words of the command"
     found, where = splits(settings), settings.dataset
     kind = _kind(found.train, tokenizer, where)
-    whole = [_examples(kind, rows, tokenizer) for rows in (found.train, found.test)]
+    chats = Chats(tokenizer, settings.chat_date)
+    whole = [_examples(kind, rows, tokenizer, chats) for rows in (found.train, found.test)]
     train, test = (_usable(examples, settings) for examples in whole)
     for examples, which in ((train, "example"), (test, "held-out example")):
         if not examples:
@@ -82,13 +84,15 @@ def load_data(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBas
                 where=where,
                 hint="raise --max-length, and see that completions and texts are not empty",
             )
-    return Data(kind, train, test, tuple(_notes(whole, train, test, found, settings)))
+    notes = [*_notes(whole, train, test, found, settings), *_passed_over(chats)]
+    return Data(kind, train, test, tuple(notes))
 
 
 def held_out(settings: Settings, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[Example, ...]:
     """The `test` examples that `load_data` gives, without the work of tokenizing the others."""
-    found = splits(settings)
-    return _usable(_examples(_kind(found.train, tokenizer, str(settings.dataset)), found.test, tokenizer), settings)
+    found, chats = splits(settings), Chats(tokenizer, settings.chat_date)
+    kind = _kind(found.train, tokenizer, str(settings.dataset))
+    return _usable(_examples(kind, found.test, tokenizer, chats), settings)
 
 
 def first_examples(
@@ -97,7 +101,8 @@ def first_examples(
     """At most `count` examples from the beginning of the training split, of which nothing is held out."""
     rows = training_rows(settings)[:count]
     kind = _kind(rows, tokenizer, str(settings.dataset))
-    return tuple(example for example in _cut(_examples(kind, rows, tokenizer), settings) if example.ids)
+    chats = Chats(tokenizer, settings.chat_date)
+    return tuple(example for example in _cut(_examples(kind, rows, tokenizer, chats), settings) if example.ids)
 
 
 def _kind(rows: Sequence[Row], tokenizer: transformers.PreTrainedTokenizerBase, where: str) -> str:
@@ -132,7 +137,7 @@ def _notes(
         yield f"examples longer than max_length {settings.max_length:,}, which are cut: {cut:,} (--max-length)"
     if left := len(both) - len(train) - len(test):
         yield f"examples without a token to learn, which are left out: {left:,}"
-    answers = [len(example.ids) - example.start for example in test if example.answer is not None]
+    answers = [len(example.ids) - example.start for example in test if example.answered]
     if long := sum(length > settings.max_new_tokens for length in answers):
         yield (
             f"answers of more than {settings.max_new_tokens:,} tokens, which is all that is generated, so that they "
@@ -142,6 +147,14 @@ def _notes(
         yield (
             f"a share of {settings.test_size:g} is held out of {settings.train_split}, and {', '.join(found.unread)} "
             f"not read (--test-split {found.unread[0]} holds that out)"
+        )
+
+
+def _passed_over(chats: Chats) -> Iterator[str]:
+    if chats.passed_over:
+        yield (
+            f"messages that the chat template leaves out: {len(chats.passed_over):,} (the first: "
+            f"{chats.passed_over[0]}; it may take only one, at the beginning)"
         )
 
 
@@ -170,45 +183,44 @@ def _check_template(
         )
 
 
-def _examples(kind: str, rows: Sequence[Row], tokenizer: transformers.PreTrainedTokenizerBase) -> list[Example]:
+def _examples(
+    kind: str, rows: Sequence[Row], tokenizer: transformers.PreTrainedTokenizerBase, chats: Chats
+) -> list[Example]:
     texts = _Texts(tokenizer, rows)
-    return [_example(kind, row, texts) for row in rows]
+    return [_example(kind, row, texts, chats) for row in rows]
 
 
-def _example(kind: str, row: Row, texts: _Texts) -> Example:
+def _example(kind: str, row: Row, texts: _Texts, chats: Chats) -> Example:
     """The whole of `row`. What has no text to learn gets no token for it, not even the end of text."""
     values, where = row.values, row.where
     if missing := [column for column in KINDS[kind] if column not in values]:
         raise UsageError(f"has no {missing[0]}, which other rows have", where=where)
     if kind == "messages":
-        return Example(_chat(texts.tokenizer, values["messages"], where) if values["messages"] != [] else (), 0)
+        return Example(chats.ids(values["messages"], values, where) if values["messages"] != [] else (), 0)
     if kind == "text":
         text = _words(values["text"], "text", where)
         return Example(texts.ids(text, end=True) if text.strip() else (), 0)
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat_example(texts.tokenizer, prompt, completion, where)
+        return _chat_example(chats, prompt, completion, row)
     begin = texts.ids(_words(prompt, "prompt", where))
     words = _words(completion, "completion", where)
     if not words.strip():
         return Example(begin, len(begin))
     whole = begin + texts.ids(words, start=False, end=True)
-    return Example(whole, len(begin), words if begin else None)  # generation has to start from something
+    return Example(whole, len(begin), answered=bool(begin))  # generation has to start from something
 
 
-def _chat_example(
-    tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[object], completion: list[object], where: str
-) -> Example:
-    start = _chat(tokenizer, prompt, where, generate=True)
-    whole = _chat(tokenizer, [*prompt, *completion], where)
+def _chat_example(chats: Chats, prompt: list[object], completion: list[object], row: Row) -> Example:
+    start = chats.ids(prompt, row.values, row.where, generate=True)
+    whole = chats.ids([*prompt, *completion], row.values, row.where)
     if whole[: len(start)] != start:
         raise UsageError(
             "the chat template renders the prompt otherwise alone than with its completion",
-            where=where,
+            where=row.where,
             hint="give the rows as text: prompt and completion as the model should see them",
         )
-    # As generation will be decoded: templates add words that are no special tokens (a channel, tags of thinking).
-    return Example(whole, len(start), str(tokenizer.decode(whole[len(start) :], skip_special_tokens=True)))
+    return Example(whole, len(start), answered=True)
 
 
 def _words(value: object, column: str, where: str) -> str:
@@ -221,7 +233,7 @@ class _Texts:
     """Token ids of the texts in rows, made in one call a column: many times faster than row by row."""
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, rows: Sequence[Row]) -> None:
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self._begun = self._of(rows, ("prompt", "text"), special=True)
         self._going_on = self._of(rows, ("completion",), special=False)
 
@@ -230,31 +242,12 @@ class _Texts:
         texts = list(dict.fromkeys(value for value in values if isinstance(value, str)))
         if not texts:
             return {}
-        return dict(zip(texts, self.tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True))
+        return dict(zip(texts, self._tokenizer(texts, add_special_tokens=special)["input_ids"], strict=True))
 
     def ids(self, text: str, *, start: bool = True, end: bool = False) -> tuple[int, ...]:
         """Those of one text; with the special tokens that the tokenizer starts a text with, and the end of text."""
         ids = list((self._begun if start else self._going_on)[text])
-        last = self.tokenizer.eos_token_id
+        last = self._tokenizer.eos_token_id
         if end and last is not None and ids[-1:] != [last]:
             ids.append(last)
         return tuple(ids)
-
-
-def _chat(
-    tokenizer: transformers.PreTrainedTokenizerBase, messages: object, where: str, *, generate: bool = False
-) -> tuple[int, ...]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise UsageError("messages is no list of objects with a role and a content", where=where)
-    for number, message in enumerate(messages, 1):
-        # Templates write None as a word.
-        if message.get("content") is None and not any(message.get(key) for key in ("tool_calls", "thinking")):
-            raise UsageError(f"message {number} has no content", where=where)
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=generate, return_dict=True
-        )
-    except Exception as error:
-        # Templates are programs of their own, and raise what they like.
-        raise UsageError(f"the chat template refuses it: {error}", where=where) from error
-    return tuple(rendered["input_ids"])

@@ -53,8 +53,7 @@ def answerable(test: Sequence[Example], settings: Settings) -> list[Example]:
     return [
         example
         for example in test
-        if example.answer is not None
-        and 0 < example.start < len(example.ids) <= example.start + settings.max_new_tokens
+        if example.answered and 0 < example.start < len(example.ids) <= example.start + settings.max_new_tokens
     ]
 
 
@@ -113,8 +112,10 @@ def _right(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     limit = min(settings.max_new_tokens, max(len(e.ids) - e.start for e in examples) + 1)
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, use_cache=True)
-    texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
-    return sum(text.split() == str(e.answer).split() for text, e in zip(texts, examples, strict=True))
+    said = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    # Decoded as well: a tokenizer may write other words than it has read, and tags that it leaves out are no words.
+    wanted = tokenizer.batch_decode([list(e.ids[e.start :]) for e in examples], skip_special_tokens=True)
+    return sum(one.split() == other.split() != [] for one, other in zip(said, wanted, strict=True))
 
 
 def _chunks(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

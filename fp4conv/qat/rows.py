@@ -113,7 +113,7 @@ def _read_file(file: Path) -> Iterator[Row]:
             rows: list[dict[str, object]] = pyarrow.parquet.read_table(file).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise SourceError(f"cannot be read as parquet: {_first_line(error)}", where=str(file)) from error
-        yield from (Row(row, f"{file}, row {number}") for number, row in enumerate(rows, 1))
+        yield from (Row(_columns(row), f"{file}, row {number}") for number, row in enumerate(rows, 1))
         return
     try:
         text = file.read_text(encoding="utf-8-sig")  # editors on Windows put a mark first
@@ -126,10 +126,29 @@ def _read_file(file: Path) -> Iterator[Row]:
             yield _row(line, f"{file}, line {number}")
 
 
+def _columns(row: Mapping[str, object]) -> dict[str, object]:
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: object) -> object:
+    """`value` of a table: every object there has the keys of all others, null where it has none of its own."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 def _row(line: str, where: str) -> Row:
     try:
         row: object = json.loads(line)
-    except ValueError as error:
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            "has half of a character: an escape of \\ud800 to \\udfff without its other half",
+            where=where,
+            hint="write the text in UTF-8, or leave the row out",
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"is not JSON: {error}", where=where, hint="write one JSON object a line") from error
     if not isinstance(row, dict):
         raise SourceError(f"is {type(row).__name__}, expected an object", where=where, hint="write one object a line")
@@ -143,7 +162,9 @@ def _read_hub(settings: Settings) -> Mapping[str, Rows]:
     try:
         found = load_dataset(name, settings.subset)
         return {
-            str(split): [Row(row, f"{name}, split {split}, row {number}") for number, row in enumerate(rows, 1)]
+            str(split): [
+                Row(_columns(row), f"{name}, split {split}, row {number}") for number, row in enumerate(rows, 1)
+            ]
             for split, rows in found.items()
         }
     except Exception as error:

@@ -7,6 +7,7 @@ from which training goes on.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,9 @@ def run(settings: Settings, command: str, tell: Tell | None) -> Report:
 
     root = Path(str(settings.output))
     _check_place(root, settings)
-    work = Work(settings, tell, _pins(root))
+    pins, begun = _earlier(root)
+    settings = _dated(settings, root if begun else None)
+    work = Work(settings, tell, pins)
     work.check()
     _make(root)
     with closing(Journal(root / JOURNAL_NAME)) as journal:
@@ -136,12 +139,20 @@ def _make(root: Path) -> None:
         raise OutputError(f"cannot be used: {error.strerror}", where=str(root)) from error
 
 
-def _pins(root: Path) -> Mapping[str, str]:
-    """The commits that an earlier run in `root` has begun with."""
+def _earlier(root: Path) -> tuple[Mapping[str, str], bool]:
+    """The commits that an earlier run in `root` has begun with, and whether there was one."""
     if not (root / JOURNAL_NAME).is_file():
-        return {}
+        return {}, False
     with closing(Journal(root / JOURNAL_NAME, look=True)) as journal:
-        return journal.pins
+        return journal.pins, journal.fingerprint is not None
+
+
+def _dated(settings: Settings, begun: Path | None) -> Settings:
+    """`settings` with the day that chat templates write: that on which the run in `begun` has begun, or today."""
+    if settings.chat_date is not None:
+        return settings
+    day = None if begun is None else read_yaml(begun / SETTINGS_FILE).get("chat_date")
+    return replace(settings, chat_date=str(day or datetime.date.today().isoformat()))
 
 
 def _begin(journal: Journal, root: Path, settings: Settings, command: str, pins: Mapping[str, str]) -> None:

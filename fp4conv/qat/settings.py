@@ -6,6 +6,7 @@ NVIDIA's gpt-oss example (docs/qat.md).
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import types
@@ -60,6 +61,9 @@ class Settings:
     test_split: str = _setting("test", "Data", "Split, or file stem, held out; where there is none, see test_size")
     test_size: float = _setting(0.1, "Data", "Share held out of the training split where there is no test split")
     max_length: int = _setting(4096, "Data", "Longest example in tokens; what is longer is cut", least=2)
+    chat_date: str | None = _setting(
+        None, "Data", "What chat templates take for today, as 2026-01-31. Default: the day on which the run began"
+    )
     packing: bool = _setting(False, "Data", "Pack short examples into sequences of max_length")
 
     sft_learning_rate: float | None = _setting(None, "SFT", "Default: 2e-5, with lora 2e-4")
@@ -227,6 +231,8 @@ def _typed(key: str, value: object, kind: object, where: str) -> object:
     wanted = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     if value is None and type(None) in wanted:
         return None
+    if str in wanted and isinstance(value, datetime.date):  # as YAML reads a date
+        return value.isoformat()
     for one in wanted:
         if get_origin(one) is tuple:
             items = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -275,9 +281,18 @@ def _check_together(settings: Settings) -> None:
         value = getattr(settings, name)
         if value != -1 and value < 1:
             raise UsageError(f"{name} is {value}, expected at least 1, or -1: epochs decide")
+    if settings.chat_date is not None and not _is_day(settings.chat_date):
+        raise UsageError(f"chat_date is {settings.chat_date!r}, expected a day such as 2026-01-31")
     parse_size(settings.max_memory)
     if settings.lora and settings.lora_dropout and settings.lora_experts:
         raise UsageError(
             "lora_dropout is set, but factors of expert parameters are added to the weights, where nothing drops out",
             hint="--lora-dropout 0, or --no-lora-experts",
         )
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -27,7 +27,7 @@ def inputs_of(model: Model, settings: Settings, data: Data) -> dict[str, str]:
     for examples in (data.train, data.test):
         digest.update(f"{len(examples)}\n".encode())
         for example in examples:
-            digest.update(f"{example.ids}{example.start}{example.answer!r}\n".encode())
+            digest.update(f"{example.ids}{example.start}{example.answered}\n".encode())
     local = Path(str(settings.model)).exists()
     return {"data": digest.hexdigest(), **({"model": model.source.fingerprint()} if local else {})}
 
