@@ -46,6 +46,14 @@ def _check_sums(rows: int, signal: F64, noise: F64) -> None:
         assert sums.flags.c_contiguous, f"{name} is not C-contiguous"
 
 
+def _block_length(k: int, blocks: int, *lengths: int) -> int:
+    """The one of `lengths` that `blocks` blocks in K values have; the first where there are none."""
+    length = k // blocks if blocks else lengths[0]
+    assert length in lengths, f"{blocks} scales for K = {k}"
+    assert length * blocks == k, f"{blocks} scales for K = {k}"
+    return length
+
+
 def check_encode(
     fmt: BlockFormat,
     x: Source,
@@ -74,9 +82,7 @@ def check_decode(
     """Assert that the arrays of a decode call fit together; returns (N, K, block length)."""
     n, half_k = logical(packed.shape, packed_kn)
     k, blocks = half_k * 2, logical(scales.shape, packed_kn)[1]
-    block = k // blocks if blocks else block_lengths[0]
-    assert block in block_lengths, f"{blocks} scales for K = {k}"
-    assert block * blocks == k, f"{blocks} scales for K = {k}"
+    block = _block_length(k, blocks, *block_lengths)
     _check("packed", packed, (n, half_k), packed_kn, np.uint8)
     _check("scales", scales, (n, blocks), packed_kn, np.uint8)
     _check("out", out, (n, k), out_kn, np.uint16, np.float32)
@@ -131,9 +137,7 @@ def check_restore(
     """Assert that the arrays of a restoring call fit together; returns (N, K, block length)."""
     n, k = logical(x.shape, x_kn)
     blocks = logical(plane.shape, plane_kn)[1]
-    length = k // blocks if blocks else 16
-    assert length in (16, 32), f"{blocks} blocks for K = {k}"
-    assert length * blocks == k, f"{blocks} blocks for K = {k}"
+    length = _block_length(k, blocks, 16, 32)
     _check("x", x, (n, k), x_kn, np.uint16, np.float32)
     _check("plane", plane, (n, blocks), plane_kn, np.uint8)
     _check("tables", tables, (256, 8), False, np.float32)
@@ -149,9 +153,7 @@ def check_measure(
     """Assert that the arrays of a measuring call fit together; returns (N, K, block length)."""
     n, k = logical(x.shape, x_kn)
     blocks = logical(scales.shape, codes_kn)[1]
-    length = k // blocks if blocks else 16
-    assert length in (16, 32), f"{blocks} scales for K = {k}"
-    assert length * blocks == k, f"{blocks} scales for K = {k}"
+    length = _block_length(k, blocks, 16, 32)
     assert factor.shape == (256,), f"factors have shape {factor.shape}"
     _check("x", x, (n, k), x_kn, np.uint16, np.float32)
     _check("packed", packed, (n, k // 2), codes_kn, np.uint8)

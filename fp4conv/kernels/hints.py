@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fp4conv.formats import E8M0_BIAS, MXFP4, BlockFormat
-from fp4conv.kernels.contract import F32, F64, U8, Source, check_measure, check_restore
+from fp4conv.kernels.contract import F32, F64, U8, Source, check_measure, check_restore, flat, float_bits
 from fp4conv.kernels.jit import device, helper, kernel
 from fp4conv.kernels.lanes import (
     I32,
@@ -98,7 +98,7 @@ def noncanonical_mxfp4(packed: U8, scales: U8, plane: U8) -> int:
     """
     assert packed.size == 16 * scales.size, f"{scales.size} scales for {packed.size} bytes of codes"
     assert plane.size == scales.size, f"a plane of {plane.size} for {scales.size} scales"
-    return int(_noncanonical(_flat(packed), _flat(scales), plane.reshape(-1)))
+    return int(_noncanonical(flat(packed), flat(scales), plane.reshape(-1)))
 
 
 def restore(
@@ -121,10 +121,10 @@ def restore(
     Returns how many hinted blocks did not match.
     """
     n, k, length = check_restore(x, x_kn, plane, plane_kn, tables, packed, scales, out_kn, matched)
-    bits, shift = _float_bits(x)
+    bits, shift = float_bits(x)
     return int(
         _restore(
-            bits, shift, n, k, length, x_kn, _flat(plane), plane_kn, tables,
+            bits, shift, n, k, length, x_kn, flat(plane), plane_kn, tables,
             packed.reshape(-1), scales.reshape(-1), out_kn, matched.reshape(-1),
         )
     )  # fmt: skip
@@ -135,8 +135,8 @@ def measure(
 ) -> None:
     """`signal` and `noise` (see `compiled`) of given codes and scales [N, K/g], under `factors`, against x [N, K]."""
     n, k, length = check_measure(x, x_kn, packed, scales, codes_kn, factor, signal, noise)
-    bits, shift = _float_bits(x)
-    _measure(bits, shift, n, k, length, x_kn, _flat(packed), _flat(scales), codes_kn, factor, signal, noise)
+    bits, shift = float_bits(x)
+    _measure(bits, shift, n, k, length, x_kn, flat(packed), flat(scales), codes_kn, factor, signal, noise)
 
 
 @kernel
@@ -337,13 +337,3 @@ def _places(
     """(row [B, 1], columns [B, length]) of numbered blocks of `length` items of a logical [N, items] array."""
     per_row = (array.shape[0] if kn else array.shape[1]) // length
     return (blocks // per_row)[:, None], (blocks % per_row)[:, None] * length + np.arange(length)
-
-
-def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    view = array.reshape(-1).view()
-    view.flags.writeable = False
-    return view
-
-
-def _float_bits(x: Source) -> tuple[npt.NDArray[Any], int]:
-    return (_flat(x), 16) if x.dtype == np.uint16 else (_flat(x).view(np.int32), 0)

@@ -11,11 +11,13 @@ do not depend on an order. Differences of two float32 and their products are tak
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from fp4conv.kernels.contract import F32, F64, U8, Source, check_compare, flat, float_bits, logical
-from fp4conv.kernels.jit import helper, kernel
+from fp4conv.kernels.jit import device, helper, kernel
 from fp4conv.kernels.lanes import I32, FloatBits
 from fp4conv.kernels.quantise import INF_BITS
 from fp4conv.kernels.small_floats import E2M1_VALUES
@@ -92,23 +94,20 @@ def compare(x: Source, reference: Source, kn: bool, sums: F64) -> tuple[int, int
 def _compare_rows(
     a: FloatBits, a_shift: int, b: FloatBits, b_shift: int, n: int, k: int, sums: F64, peaks: F64
 ) -> tuple[int, int, int]:
-    x_bits, y_bits = np.zeros(CHUNK, np.int32), np.zeros(CHUNK, np.int32)
-    x, y = x_bits.view(np.float32), y_bits.view(np.float32)
+    x, y = np.zeros(CHUNK, np.float32), np.zeros(CHUNK, np.float32)
     lanes = np.empty((4, LANES), np.float64)
     differ, bad, bad_differ = 0, 0, 0
     for row in range(n):
         lanes[:] = 0.0
         for start in range(row * k, row * k + k, CHUNK):
-            size = min(CHUNK, row * k + k - start)
+            stop = min(start + CHUNK, row * k + k)
+            size = stop - start
             padded = (size + LANES - 1) // LANES * LANES
-            x_bits[size:padded] = 0
-            y_bits[size:padded] = 0
-            odd = _widen(a[start : start + size], a_shift, x_bits[:size])
-            odd = max(odd, _widen(b[start : start + size], b_shift, y_bits[:size]))
-            if odd >= INF_BITS:
-                apart, out = _leave_out(x[:size], y[:size])
-                bad, bad_differ = bad + out, bad_differ + apart
-            differ += _add(x[:padded], y[:padded], lanes[0], lanes[1], lanes[2], lanes[3], peaks[0], peaks[1])
+            x[size:padded] = 0
+            y[size:padded] = 0
+            out, apart = _take(a[start:stop], a_shift, b[start:stop], b_shift, x[:size], y[:size])
+            bad, bad_differ = bad + out, bad_differ + apart
+            differ += _add(x[:padded], y[:padded], lanes[0], lanes[1], lanes[2], lanes[3], peaks)
         for number in range(4):
             sums[number, row] = _halved(lanes[number])
     return differ, bad, bad_differ
@@ -118,30 +117,27 @@ def _compare_rows(
 def _compare_columns(
     a: FloatBits, a_shift: int, b: FloatBits, b_shift: int, n: int, k: int, sums: F64, peaks: F64
 ) -> tuple[int, int, int]:
-    x_bits, y_bits = np.empty(CHUNK, np.int32), np.empty(CHUNK, np.int32)
-    x, y = x_bits.view(np.float32), y_bits.view(np.float32)
+    x, y = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     sums[:] = 0.0
     differ, bad, bad_differ = 0, 0, 0
     for row in range(k):
         for first in range(0, n, CHUNK):
-            size = min(CHUNK, n - first)
-            start, last = row * n + first, first + size
-            odd = _widen(a[start : start + size], a_shift, x_bits[:size])
-            odd = max(odd, _widen(b[start : start + size], b_shift, y_bits[:size]))
-            if odd >= INF_BITS:
-                apart, out = _leave_out(x[:size], y[:size])
-                bad, bad_differ = bad + out, bad_differ + apart
-            differ += _add(
-                x[:size],
-                y[:size],
-                sums[0, first:last],
-                sums[1, first:last],
-                sums[2, first:last],
-                sums[3, first:last],
-                peaks[0],
-                peaks[1],
-            )
+            last = min(first + CHUNK, n)
+            start, stop, size = row * n + first, row * n + last, last - first
+            out, apart = _take(a[start:stop], a_shift, b[start:stop], b_shift, x[:size], y[:size])
+            bad, bad_differ = bad + out, bad_differ + apart
+            signal, noise = sums[0, first:last], sums[1, first:last]
+            dot, power = sums[2, first:last], sums[3, first:last]
+            differ += _add(x[:size], y[:size], signal, noise, dot, power, peaks)
     return differ, bad, bad_differ
+
+
+@device
+def _take(a: FloatBits, a_shift: int, b: FloatBits, b_shift: int, x: F32, y: F32) -> tuple[int, int]:
+    """A chunk of pairs to `x` and `y`, with zeros for those that are not finite on both sides: (how many those are,
+    how many of them differ)."""
+    largest = max(_widen(a, a_shift, x.view(np.int32)), _widen(b, b_shift, y.view(np.int32)))
+    return _leave_out(x, y) if largest >= INF_BITS else (0, 0)
 
 
 @helper
@@ -157,21 +153,22 @@ def _widen(values: FloatBits, shift: int, out: I32) -> np.int32:
 
 @helper
 def _leave_out(x: F32, y: F32) -> tuple[int, int]:
-    """Zero the pairs that are not finite on both sides: (how many of them differ, how many there are)."""
-    differ, bad = 0, 0
+    """Zero the pairs that are not finite on both sides: (how many there are, how many of them differ)."""
+    bad, differ = 0, 0
     for i in range(x.size):
         if not (np.isfinite(x[i]) and np.isfinite(y[i])):
             bad += 1
             differ += int(not (x[i] == y[i] or (np.isnan(x[i]) and np.isnan(y[i]))))
             x[i] = np.float32(0)
             y[i] = np.float32(0)
-    return differ, bad
+    return bad, differ
 
 
 @helper
-def _add(x: F32, y: F32, signal: F64, noise: F64, dot: F64, power: F64, largest: F64, relative: F64) -> int:
+def _add(x: F32, y: F32, signal: F64, noise: F64, dot: F64, power: F64, peaks: F64) -> int:
     """Add a chunk of pairs to sums of as many lanes as they have; returns how many differ. One loop a result: with
     several arrays written in one, LLVM fears that they overlap."""
+    largest, relative = peaks[0], peaks[1]
     differ = 0
     for i in range(x.size):
         differ += int(x[i] != y[i])
@@ -223,7 +220,7 @@ def _halved(lanes: F64) -> float:
 # -- codes and scales ---------------------------------------------------------------------------
 
 
-class BlockCounts:
+class BlockCounts(NamedTuple):
     """What the blocks of a tensor are, added up over the pieces of it that were counted.
 
     `pairs` [256]: packed bytes. `magnitudes` [256, 8]: blocks by scale byte and by the largest |code| in them.
@@ -231,19 +228,23 @@ class BlockCounts:
     codes under each scale byte that was named special.
     """
 
-    def __init__(self) -> None:
-        self.pairs: I64 = np.zeros(256, np.int64)
-        self.magnitudes: I64 = np.zeros((256, 8), np.int64)
-        self.high: I64 = np.full(256, -8, np.int64)
-        self.low: I64 = np.full(256, 8, np.int64)
-        self.codes: I64 = np.zeros((256, 16), np.int64)
+    pairs: I64
+    magnitudes: I64
+    high: I64
+    low: I64
+    codes: I64
+
+    @classmethod
+    def none(cls) -> BlockCounts:
+        pairs, magnitudes, codes = np.zeros(256, np.int64), np.zeros((256, 8), np.int64), np.zeros((256, 16), np.int64)
+        return cls(pairs, magnitudes, np.full(256, -8, np.int64), np.full(256, 8, np.int64), codes)
 
     def add(self, other: BlockCounts) -> None:
-        self.pairs += other.pairs
-        self.magnitudes += other.magnitudes
+        np.add(self.pairs, other.pairs, out=self.pairs)
+        np.add(self.magnitudes, other.magnitudes, out=self.magnitudes)
         np.maximum(self.high, other.high, out=self.high)
         np.minimum(self.low, other.low, out=self.low)
-        self.codes += other.codes
+        np.add(self.codes, other.codes, out=self.codes)
 
 
 def count_blocks(packed: U8, scales: U8, kn: bool, special: npt.NDArray[np.bool_], counts: BlockCounts) -> None:
@@ -256,30 +257,17 @@ def count_blocks(packed: U8, scales: U8, kn: bool, special: npt.NDArray[np.bool_
     assert logical(packed.shape, kn) == (n, half * blocks), f"{scales.shape} scales for codes {packed.shape}"
     assert packed.dtype == scales.dtype == np.uint8, "packed codes and scales are bytes"
     run = _count_columns if kn else _count_rows
-    run(
-        flat(packed), flat(scales), n, blocks, half, special,
-        counts.pairs, counts.magnitudes, counts.high, counts.low, counts.codes,
-    )  # fmt: skip
+    run(flat(packed), flat(scales), n, blocks, half, special, counts)
 
 
 @kernel
 def _count_rows(
-    packed: U8,
-    scales: U8,
-    n: int,
-    blocks: int,
-    half: int,
-    special: npt.NDArray[np.bool_],
-    pairs: I64,
-    magnitudes: I64,
-    high: I64,
-    low: I64,
-    codes: I64,
+    packed: U8, scales: U8, n: int, blocks: int, half: int, special: npt.NDArray[np.bool_], counts: BlockCounts
 ) -> None:
     # Two tables by turns: equal bytes often follow each other, and an addition waits for the one before it.
     even, odd = np.zeros(256, np.int64), np.zeros(256, np.int64)
     for block in range(n * blocks):
-        scale, start = int(scales[block]), block * half
+        start = block * half
         highest, lowest = -8, 8
         for i in range(start, start + half, 2):
             first, second = packed[i], packed[i + 1]
@@ -287,29 +275,15 @@ def _count_rows(
             odd[second] += 1
             highest = max(highest, _HIGHER[first], _HIGHER[second])
             lowest = min(lowest, _LOWER[first], _LOWER[second])
-        magnitudes[scale, max(highest, -lowest)] += 1
-        high[scale], low[scale] = max(high[scale], highest), min(low[scale], lowest)
-        if special[scale]:
-            for i in range(start, start + half):
-                codes[scale, packed[i] & 15] += 1
-                codes[scale, packed[i] >> 4] += 1
-    pairs += even
-    pairs += odd
+        _note(counts, int(scales[block]), lowest, highest)
+        if special[scales[block]]:
+            _count_codes(packed, range(start, start + half), counts, int(scales[block]))
+    counts.pairs[:] += even + odd
 
 
 @kernel
 def _count_columns(
-    packed: U8,
-    scales: U8,
-    n: int,
-    blocks: int,
-    half: int,
-    special: npt.NDArray[np.bool_],
-    pairs: I64,
-    magnitudes: I64,
-    high: I64,
-    low: I64,
-    codes: I64,
+    packed: U8, scales: U8, n: int, blocks: int, half: int, special: npt.NDArray[np.bool_], counts: BlockCounts
 ) -> None:
     highest, lowest = np.empty(n, np.int8), np.empty(n, np.int8)
     for block in range(blocks):
@@ -319,17 +293,29 @@ def _count_columns(
             row = packed[i * n : i * n + n]
             for j in range(n):
                 byte = row[j]
-                pairs[byte] += 1
+                counts.pairs[byte] += 1
                 highest[j] = max(highest[j], _HIGHER[byte])
                 lowest[j] = min(lowest[j], _LOWER[byte])
         for j in range(n):
-            scale, up, down = int(scales[block * n + j]), int(highest[j]), int(lowest[j])
-            magnitudes[scale, max(up, -down)] += 1
-            high[scale], low[scale] = max(high[scale], up), min(low[scale], down)
+            scale = int(scales[block * n + j])
+            _note(counts, scale, int(lowest[j]), int(highest[j]))
             if special[scale]:
-                for i in range(block * half, block * half + half):
-                    codes[scale, packed[i * n + j] & 15] += 1
-                    codes[scale, packed[i * n + j] >> 4] += 1
+                _count_codes(packed, range(block * half * n + j, (block + 1) * half * n, n), counts, scale)
+
+
+@device
+def _note(counts: BlockCounts, scale: int, lowest: int, highest: int) -> None:
+    """Count a block under scale byte `scale`, by its lowest and highest code in the order of values."""
+    counts.magnitudes[scale, max(highest, -lowest)] += 1
+    counts.high[scale] = max(counts.high[scale], highest)
+    counts.low[scale] = min(counts.low[scale], lowest)
+
+
+@device
+def _count_codes(packed: U8, places: range, counts: BlockCounts, scale: int) -> None:
+    for i in places:
+        counts.codes[scale, packed[i] & 15] += 1
+        counts.codes[scale, packed[i] >> 4] += 1
 
 
 def block_values(factors: F32) -> F32:

@@ -58,7 +58,7 @@ def count_blocks(packed: U8, scales: U8, kn: bool, special: npt.NDArray[np.bool_
     n, blocks = logical(scales.shape, False)
     codes = _unpack(np.ascontiguousarray(packed)).reshape(n * blocks, -1)
     order = _ORDER[codes]
-    counts.pairs += np.bincount(packed.reshape(-1), minlength=256)
+    counts.pairs[:] += np.bincount(packed.reshape(-1), minlength=256)
     for scale in np.unique(scales):
         held = scales.reshape(-1) == scale
         counts.magnitudes[scale] += np.bincount(np.abs(order[held]).max(axis=1), minlength=8)

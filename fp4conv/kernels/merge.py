@@ -22,9 +22,8 @@ from typing import Any, cast
 import numba
 import numba.extending
 import numpy as np
-import numpy.typing as npt
 
-from fp4conv.kernels.contract import F32, F64, Source
+from fp4conv.kernels.contract import F32, F64, Source, flat, float_bits
 from fp4conv.kernels.decode import bf16_bits
 from fp4conv.kernels.jit import device, helper, kernel
 from fp4conv.kernels.lanes import I32, LANES, FloatBits
@@ -251,7 +250,7 @@ def add_product(
         raise AssertionError("an empty product")
     flat_left, left_stride = _rows(left)
     flat_right, right_stride = _rows(right)
-    bits, shift = _bits(x)
+    bits, shift = float_bits(x)
     add_product_flat(
         bits, shift, flat_left, left_stride, flat_right, right_stride, np.float32(scale),
         (ROUNDINGS[delta_dtype], ROUNDINGS[dtype]), (height, width, rank), out.reshape(-1),
@@ -266,8 +265,8 @@ def change_sums(x: Source, after: F32, kn: bool, change: F64, before: F64) -> No
     assert x.shape == after.shape, f"x has shape {x.shape}, after {after.shape}"
     rows = x.shape[1] if kn else x.shape[0]
     assert change.shape == before.shape == (rows,), f"sums have shape {change.shape}, expected {(rows,)}"
-    bits, shift = _bits(x)
-    (sums_by_column if kn else sums_by_row)(bits, shift, _read_only(after), x.shape[1], change, before)
+    bits, shift = float_bits(x)
+    (sums_by_column if kn else sums_by_row)(bits, shift, flat(after), x.shape[1], change, before)
 
 
 def square_sums(values: F32, kn: bool) -> F64:
@@ -289,20 +288,5 @@ def _rows(factor: F32) -> tuple[F32, int]:
     assert factor.shape[1] == 1 or factor.strides[1] == 4, "a factor's rows are not contiguous"
     stride = factor.strides[0] // 4 if factor.shape[0] > 1 else factor.shape[1]
     length = (factor.shape[0] - 1) * stride + factor.shape[1]
-    flat = np.lib.stride_tricks.as_strided(factor, (length,), (4,), writeable=False)
-    return flat, stride
-
-
-def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Flat and read-only, so that a kernel compiles once for arrays that can be written and those that cannot."""
-    assert array.flags.c_contiguous, "a kernel takes C-contiguous arrays only"
-    view = array.reshape(-1).view()
-    view.flags.writeable = False
-    return view
-
-
-def _bits(x: Source) -> tuple[npt.NDArray[Any], int]:
-    if x.dtype == np.uint16:
-        return _read_only(x), 16
-    assert x.dtype == np.float32, f"a kernel takes BF16 bits (uint16) or float32, not {x.dtype}"
-    return _read_only(x).view(np.int32), 0
+    memory = np.lib.stride_tricks.as_strided(factor, (length,), (4,), writeable=False)
+    return memory, stride

@@ -66,7 +66,7 @@ def look_at_band(look: Look, band: Band) -> Found:
     tally, found = ValueTally(), Found()
     if own.codes is not None and look.with_values:
         assert look.special is not None
-        found.blocks = BlockCounts()
+        found.blocks = BlockCounts.none()
         measure.count_blocks(own.codes.packed, own.codes.block_scale, own.codes.kn, look.special, found.blocks)
     if own.codes is None or other is not None or look.trials:
         for first in range(0, band.n1 - band.n0, band.step):

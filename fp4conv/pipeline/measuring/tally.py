@@ -90,7 +90,7 @@ class BlockTally:
 
     base: Decoded
     tensor_scale: float
-    counts: BlockCounts = field(default_factory=BlockCounts)
+    counts: BlockCounts = field(default_factory=BlockCounts.none)
 
     def __post_init__(self) -> None:
         self._factors = block_factors(self.base.format_name, self.tensor_scale, inverse=self.base.inverse)
