@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, quiet_option
 from fp4conv.cli.output import print_json
 
 
@@ -25,8 +26,8 @@ from fp4conv.cli.output import print_json
 @click.option("--kv-cache", is_flag=True, help="k_amax and v_amax too: the conversion then has an FP8 KV cache.")
 @click.option("--attn-implementation", metavar="NAME", help="eager, sdpa, ... Default: eager for gpt-oss.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@quiet_option
+@json_option
 def calibrate(model: str, **options: object) -> None:
     """Run MODEL over examples, and write the largest magnitudes of its inputs to FILE.
 

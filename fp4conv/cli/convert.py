@@ -7,6 +7,7 @@ import time
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, memory_option, workers_option
 from fp4conv.cli.output import Meter, print_json, print_view, warn, words
 from fp4conv.families import SCOPES
 from fp4conv.formats import TARGETS, MergeRounding, ScaleRule, Ties
@@ -69,8 +70,8 @@ _RULES = [rule.value for rule in ScaleRule]
     "Default: training for an adapter with a ModelOpt state, else once.",
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest file of the result.")
-@click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
+@memory_option
+@workers_option
 @click.option(
     "--for", "for_server", type=click.Choice(SERVERS), help="Refuse when this server would not load the result."
 )
@@ -106,7 +107,7 @@ _RULES = [rule.value for rule in ScaleRule]
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan; read headers only, write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def convert(src: str, dst: str | None, **options: object) -> None:
     """Convert the checkpoint in SRC into DST, shard by shard, within a fixed memory.
 

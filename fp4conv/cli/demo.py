@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option
 from fp4conv.cli.output import announce_kernels, print_json, print_view
 
 
 @click.command(short_help="Take the tour on a small model that it makes.", epilog=epilog("fp4conv demo"))
 @click.argument("directory", metavar="[DIR]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def demo(directory: str | None, as_json: bool) -> None:
     """Take the tour: make a small gpt-oss checkpoint and convert BF16 -> MXFP4 -> NVFP4 and MXFP4 -> BF16.
 

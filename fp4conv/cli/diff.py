@@ -7,6 +7,7 @@ import sys
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, memory_option, quiet_option, workers_option
 from fp4conv.cli.output import Meter, print_json, print_view
 
 
@@ -17,10 +18,10 @@ from fp4conv.cli.output import Meter, print_json, print_view
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="B")
 @click.option("--tolerance", type=float, metavar="DB", help="Pass where every tensor's SQNR is at least DB.")
-@click.option("--max-memory", default="1GB", metavar="SIZE", show_default=True, help="Bound of resident memory.")
-@click.option("--workers", type=int, help="Threads. Default: the cores of this machine.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@memory_option
+@workers_option
+@quiet_option
+@json_option
 def diff(
     first: str,
     second: str,

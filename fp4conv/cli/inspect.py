@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, memory_option, quiet_option, workers_option
 from fp4conv.cli.output import Meter, print_json, print_view, warn
 from fp4conv.formats import BLOCK_FORMATS
 
@@ -41,11 +42,11 @@ _SORTS = ("name", "format", "bytes", "bits", "sqnr", "mse", "max-error", "cosine
 @click.option("--codes", is_flag=True, help="With --rows: block scales and codes too.")
 @click.option("--headers-only", is_flag=True, help="Read headers and configs, no values.")
 @click.option("--html", metavar="FILE", help="Write all of it as one page that opens without a network, too.")
-@click.option("--max-memory", default="1GB", metavar="SIZE", show_default=True, help="Bound of resident memory.")
-@click.option("--workers", type=int, help="Threads. Default: the cores of this machine.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@memory_option
+@workers_option
+@quiet_option
 @click.option("--csv", "as_csv", is_flag=True, help="A line a tensor on stdout.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def inspect(
     src: str,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option
 from fp4conv.cli.output import Meter, print_json, print_view, warn
 
 
@@ -17,7 +18,7 @@ from fp4conv.cli.output import Meter, print_json, print_view, warn
 @click.option("--private", is_flag=True, help="Make the repository private, where there is none yet.")
 @click.option("--overwrite", is_flag=True, help="Replace the model in REPO; it stays until the new one is whole.")
 @click.option("--quiet", is_flag=True, help="No progress and no warnings.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@json_option
 def push(directory: str, repo: str, *, private: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     """Publish the checkpoint in folder DIR as REPO on the Hub, once verify has found no error in it.
 

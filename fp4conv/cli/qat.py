@@ -12,6 +12,7 @@ from typing import TypeVar, Union, get_args, get_origin
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, quiet_option
 from fp4conv.cli.output import print_json, print_view, words
 from fp4conv.commands.qat import PRESETS, Settings, field_types
 
@@ -56,8 +57,8 @@ def _option(one: Field[object], kind: object) -> Callable[[F], F]:
 @click.option("--preset", "preset_name", type=click.Choice(list(PRESETS)), help="Settings to start from.")
 @click.option("--print-config", "show", is_flag=True, help="Print the settings as YAML, with comments, and stop.")
 @_options
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@quiet_option
+@json_option
 def qat(model: str | None, **options: object) -> None:
     """Fine-tune MODEL, train it on for four bits (QAT), export what was trained, and compare.
 

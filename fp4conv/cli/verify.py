@@ -7,6 +7,7 @@ import sys
 import click
 
 from fp4conv.cli.group import epilog
+from fp4conv.cli.options import json_option, memory_option, quiet_option, workers_option
 from fp4conv.cli.output import Meter, print_json, print_view
 from fp4conv.servers import SERVERS
 
@@ -22,10 +23,10 @@ from fp4conv.servers import SERVERS
 @click.option(
     "--source", "original", metavar="ORIGINAL", help="What it was made from: was anything lost, and how much?"
 )
-@click.option("--max-memory", default="1GB", show_default=True, metavar="SIZE", help="Bound on resident memory.")
-@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads. Default: the cores.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@memory_option
+@workers_option
+@quiet_option
+@json_option
 def verify(src: str, *, quiet: bool, as_json: bool, **options: object) -> None:
     """Check the checkpoint in SRC: files, names, shapes, values, and whether configs and tensors agree.
 
