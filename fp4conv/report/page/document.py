@@ -41,6 +41,7 @@ def page(found: Inspected) -> str:
         title=html.escape(f"{found.source} · fp4conv"),
         digests=f"{_digest(script)} {_digest(library)}",
         style=_part("page.css"),
+        dark=_part("dark.css"),
         figures=_packed(json.dumps(payload(found), ensure_ascii=False, allow_nan=False, separators=(",", ":"))),
         library=_packed(library),
         script=script,

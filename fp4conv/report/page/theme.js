@@ -1,9 +1,14 @@
 // Light and dark: as the system has it, until the reader says otherwise.
 
 const THEME_KEY = "fp4conv-theme";
-const systemDark = matchMedia("(prefers-color-scheme: dark)");
+const darkColours = byId("dark"); // a style sheet; its media query says when it holds
+const systemDark = matchMedia(darkColours.media);
 
-const isDark = () => (document.documentElement.dataset.theme ?? (systemDark.matches ? "dark" : "light")) === "dark";
+const isDark = () => matchMedia(darkColours.media).matches;
+
+function setTheme(name) {
+  darkColours.media = name === "dark" ? "all" : "not all";
+}
 
 /** Browsers may deny storage to files: then the choice lasts as long as the page. */
 function stored(change) {
@@ -22,10 +27,10 @@ function startTheme(redraw) {
     button.setAttribute("aria-label", isDark() ? "Switch to light colours" : "Switch to dark colours");
   };
   const chosen = stored((storage) => storage.getItem(THEME_KEY));
-  if (chosen === "dark" || chosen === "light") document.documentElement.dataset.theme = chosen;
+  if (chosen === "dark" || chosen === "light") setTheme(chosen);
   button.addEventListener("click", () => {
     const next = isDark() ? "light" : "dark";
-    document.documentElement.dataset.theme = next;
+    setTheme(next);
     stored((storage) => storage.setItem(THEME_KEY, next));
     name();
     redraw();
@@ -41,15 +46,14 @@ function startTheme(redraw) {
 function startPrinting(redraw) {
   let before;
   window.addEventListener("beforeprint", () => {
-    before = document.documentElement.dataset.theme;
-    document.documentElement.dataset.theme = "light";
+    before = darkColours.media;
+    setTheme("light");
     document.documentElement.dataset.paper = "";
     redraw();
   });
   window.addEventListener("afterprint", () => {
     delete document.documentElement.dataset.paper;
-    if (before) document.documentElement.dataset.theme = before;
-    else delete document.documentElement.dataset.theme;
+    darkColours.media = before;
     redraw();
   });
 }
