@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from fp4conv.families import layer_of, module_of
 from fp4conv.model import JSON, Decoded, Model
+from fp4conv.report.folding import folded
 
 
 def finite(value: float | None) -> float | None:
@@ -386,14 +387,11 @@ def fold(tensors: Sequence[TensorFacts]) -> tuple[TensorFacts, ...]:
 def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
     if len(members) == 1:
         return members[0]
-    numbers = [[int(n) for n in _NUMBER.findall(facts.name)] for facts in members]
-    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
-    name = _NUMBER.sub(lambda _: next(spans), members[0].name)
     values = [facts.values for facts in members if facts.values is not None]
     layers = {facts.layer for facts in members}
     return replace(
         members[0],
-        name=name,
+        name=folded([facts.name for facts in members], _NUMBER),
         bytes=sum(facts.bytes for facts in members),
         count=len(members),
         layer=layers.pop() if len(layers) == 1 else None,
@@ -401,14 +399,3 @@ def _folded(members: Sequence[TensorFacts]) -> TensorFacts:
         error=error_of(members),
         estimates=estimates_of(members),
     )
-
-
-def _span(numbers: Sequence[int]) -> str:
-    """'7', '{0..35}', or '{0,2,..}' where there are gaps."""
-    first, last = numbers[0], numbers[-1]
-    if first == last:
-        return str(first)
-    if last - first + 1 == len(numbers):
-        return f"{{{first}..{last}}}"
-    shown = ",".join(map(str, numbers[:3]))
-    return f"{{{shown}{',..' if len(numbers) > 3 else ''}}}"

@@ -10,6 +10,7 @@ from fp4conv.checks.against import Against
 from fp4conv.checks.judge import Problem
 from fp4conv.faults import Severity
 from fp4conv.model import JSON
+from fp4conv.report.folding import folded
 from fp4conv.servers import Verdict
 
 
@@ -119,17 +120,4 @@ def _name(problem: Problem) -> str:
 def _place(members: Sequence[Problem]) -> str:
     """'model.layers.{0..35}.mlp.down_proj.weight_scale' of problems that differ in numbers alone."""
     names = [_name(problem) for problem in members]
-    if len(set(names)) == 1:
-        return names[0]
-    numbers = [[int(number) for number in _NUMBER.findall(name)] for name in names]
-    spans = iter([_span(sorted(set(column))) for column in zip(*numbers, strict=True)])
-    return _NUMBER.sub(lambda _: next(spans), names[0])
-
-
-def _span(numbers: Sequence[int]) -> str:
-    first, last = numbers[0], numbers[-1]
-    if first == last:
-        return str(first)
-    if last - first + 1 == len(numbers):
-        return f"{{{first}..{last}}}"
-    return "{" + ",".join(map(str, numbers[:3])) + (",..}" if len(numbers) > 3 else "}")
+    return names[0] if len(set(names)) == 1 else folded(names, _NUMBER)
