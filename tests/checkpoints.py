@@ -22,6 +22,7 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 Raw: TypeAlias = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 INDEX = "model.safetensors.index.json"
+NVFP4_SUFFIXES = ("weight", "weight_scale", "weight_scale_2")  # as ModelOpt names the parts of a weight
 _NUMPY = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -91,6 +92,13 @@ def read_raw(folder: Path) -> Raw:
                 first, last = entry["data_offsets"]
                 assert name not in found
                 found[name] = (entry["dtype"], tuple(entry["shape"]), content[start + first : start + last])
+    return found
+
+
+def stems(raw: Raw, suffix: str) -> list[str]:
+    """Stems of the quantised weights whose part ends in `suffix`; there is at least one."""
+    found = sorted(name.removesuffix(suffix) for name in raw if name.endswith(suffix))
+    assert found
     return found
 
 

@@ -16,6 +16,8 @@ from hub_http import PART_BYTES, PIECE_BYTES, Handler, Server
 from hub_state import Fault, Hub, Request
 from hub_store import Store
 
+from fp4conv.hub import client
+
 __all__ = ["PART_BYTES", "Fault", "Hub", "Request", "serve", "turn_client"]
 
 
@@ -41,9 +43,10 @@ def serve(folder: Path) -> Iterator[Hub]:
 
 
 def turn_client(monkeypatch: pytest.MonkeyPatch, hub: Hub, cache: Path, token: str = "") -> None:
-    """Turn the client of this process, which has read its environment already, to `hub`."""
+    """Turn the client of this process, which has read its environment already, to `hub`, which is worth no waiting."""
     from huggingface_hub import constants
 
+    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
     for name, value in hub.environment(cache, token).items():
         monkeypatch.setenv(name, value)
     for name, value in {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import (
     INDEX,
-    Raw,
+    NVFP4_SUFFIXES,
     array_of,
     assert_same_tensors,
     bf16,
@@ -22,6 +22,7 @@ from checkpoints import (
     decode_nvfp4,
     noise,
     read_raw,
+    stems,
     write_model,
 )
 
@@ -29,14 +30,6 @@ import fp4conv
 from fp4conv.report.facts import Inspected
 
 Reference = Callable[[str], Path]
-NVFP4_SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
-
-
-def stems(raw: Raw, suffix: str) -> list[str]:
-    """Stems of the quantised weights whose part ends in `suffix`; there is at least one."""
-    found = sorted(name.removesuffix(suffix) for name in raw if name.endswith(suffix))
-    assert found
-    return found
 
 
 def assert_same_exclusions(found: Inspected, ours: list[str], theirs: list[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import (
-    Raw,
+    NVFP4_SUFFIXES,
     array_of,
     config_of,
     decode_experts_mxfp4,
@@ -21,6 +21,7 @@ from checkpoints import (
     e4m3,
     noise,
     read_raw,
+    stems,
     turned,
     write_model,
 )
@@ -28,14 +29,6 @@ from checkpoints import (
 import fp4conv
 
 Reference = Callable[[str], Path]
-NVFP4_SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
-
-
-def stems(raw: Raw, suffix: str) -> list[str]:
-    """Stems of the quantised weights whose part ends in `suffix`; there is at least one."""
-    found = sorted(name.removesuffix(suffix) for name in raw if name.endswith(suffix))
-    assert found
-    return found
 
 
 # ---- MXFP4 -> NVFP4

@@ -30,7 +30,6 @@ from fp4conv.cli import main
 from fp4conv.commands.convert import plan_conversion
 from fp4conv.commands.fetching import Fetching
 from fp4conv.errors import OutputError, PlanError, SourceError, UsageError
-from fp4conv.hub import client
 from fp4conv.pipeline.settle import settle
 from fp4conv.pipeline.supply import FOLDER
 from fp4conv.sources import open_source
@@ -41,11 +40,6 @@ Reference = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"to": "nvfp4", "modules": "all", "max_shard_size": "1MB"}
 WORDS = ["--to", "nvfp4", "--modules", "all", "--max-shard-size", "1MB"]
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,6 @@ from fp4conv.synthetic import write_checkpoint
 Reference = Callable[[str], Path]
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 30 MB in many shards: kilobytes are few against it."""
@@ -398,9 +393,10 @@ def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HUB_OFFLINE=1" in found
 
 
-def test_an_outage_in_the_middle_is_waited_for_and_one_at_the_start_is_told() -> None:
+def test_an_outage_in_the_middle_is_waited_for_and_one_at_the_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import get_session
 
+    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0))
     asked: list[int] = []
 
     def ask() -> str:
