@@ -96,7 +96,7 @@ def test_mxfp4_export_of_linear_layers_equals_the_forward_pass(
 
 
 def test_how_many_values_the_converter_script_gets_different(reference: Reference) -> None:
-    """The README's figure: ModelOpt's converter rounds ties down where the forward pass rounds them half to even."""
+    """docs/converting.md has it: ModelOpt's converter rounds ties down, the forward pass half to even."""
     masters, theirs = read_raw(reference("gptoss-qat-fakequant-mxfp4")), read_raw(reference("gptoss-mxfp4"))
     differing = total = 0
     for stem in [key.removesuffix("_blocks") for key in theirs if key.endswith("_blocks")]:

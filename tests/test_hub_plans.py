@@ -1,4 +1,4 @@
-"""What the README says that gpt-oss takes of the disk, the network and the memory is what the plan says."""
+"""What docs/hub.md says that gpt-oss takes of the disk, the network and the memory is what the plan says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fp4conv.synthetic import share_out
 from fp4conv.synthetic.companions import companion_files
 from fp4conv.synthetic.shapes import FAMILIES, Geometry, Tensor, model_bytes, model_tensors
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "hub.md"
 GPT_OSS_20B = replace(FAMILIES["gpt-oss"], format="mxfp4")
 MODELS = {"gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": replace(GPT_OSS_20B, layers=36, experts=128)}
 PUBLISHED_BYTES = {"gpt-oss-20b": 13_761_264_768, "gpt-oss-120b": 65_248_815_744}  # total_size in their indexes
@@ -56,7 +56,7 @@ def _as_text(tensor: Tensor) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize("to", ["bf16", "nvfp4"])
-def test_the_readme_says_what_the_plan_says(sparse: Path, to: str) -> None:
+def test_the_page_says_what_the_plan_says(sparse: Path, to: str) -> None:
     assert model_bytes(MODELS[sparse.name]) == PUBLISHED_BYTES[sparse.name]
     plan = plan_conversion(sparse, to=to)
     source = {file.name: file.nbytes for file in plan.model.source.files if file.weights}
@@ -65,7 +65,7 @@ def test_the_readme_says_what_the_plan_says(sparse: Path, to: str) -> None:
     sizes = (download, plan.total_bytes, plan.disk_bytes + download, least)
     command = f"fp4conv convert openai/{sparse.name} {sparse.name}-{to} --to {to}"
     row = f"| `{command}` | " + " | ".join(map(format_size, sizes)) + " |"
-    text = README.read_text()
+    text = PAGE.read_text(encoding="utf-8")
     assert row in text
     bounds = re.search(r"at most (\d+) MB of memory with two workers, (\d+) MB with eight", text)
     assert bounds is not None
