@@ -376,6 +376,7 @@ def weights(folder: Path) -> dict[str, bytes]:
         ({"quant_cfg": "MXFP4_DEFAULT_CFG"}, "only the experts are quantised"),
         ({"include": "*.nothing"}, "matches no module"),
         ({"format": "nvfp4", "quant_cfg": "NVFP4_DEFAULT_CFG", "skip": "calibrate"}, "whose scales calibration finds"),
+        ({"max_memory": "200MB"}, "leaves no room for the conversions"),
         ({"lora": True, "lora_experts": False, "lora_modules": "none"}, "no layer matches lora_modules none"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from fp4conv.errors import UsageError
 from fp4conv.model import JSON
 from fp4conv.qat import admission, steps
+from fp4conv.qat.converting import threads
 from fp4conv.qat.data import load_data
 from fp4conv.qat.disk import check_disk, disk_of
 from fp4conv.qat.evaluate import Score
@@ -61,6 +62,7 @@ class Work:
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
+        threads(model, settings, merges=settings.lora)  # an error now, in place of one after training
         admission.check_counted_experts(model, settings)
         tokenizer = load_tokenizer(self._source)
         admission.check_tokenizer(tokenizer, self._source)
