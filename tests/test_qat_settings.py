@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+import fp4conv
 from fp4conv.cli import main
 from fp4conv.commands.qat import settings_of
 from fp4conv.errors import UsageError
@@ -38,6 +39,13 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) 
     file.write_text("lora_rank: 4\ngpus: 2\n")
     made = settings_of({"gpus": 1}, config=file, preset_name="gpt-oss-120b-lora")
     assert (made.gpus, made.lora_rank, made.model, made.lora) == (1, 4, "openai/gpt-oss-120b", True)
+
+
+def test_python_can_call_the_command_though_its_room_was_imported() -> None:
+    """Importing fp4conv.qat.settings puts the package where `fp4conv.qat` was the function."""
+    for _ in range(2):
+        with pytest.raises(UsageError, match="no preset 'none'"):
+            fp4conv.qat(preset_name="none")
 
 
 def test_an_option_reaches_the_settings() -> None:
