@@ -1,7 +1,7 @@
 """fp4conv: language-model checkpoints between BF16, MXFP4 and NVFP4, without loading the model.
 
-`convert`, `merge_lora`, `inspect`, `verify`, `qat` and `open` are the commands as functions. They are imported when
-first asked for, so that `import fp4conv` costs nothing.
+`convert`, `merge_lora`, `inspect`, `verify`, `diff`, `push`, `qat` and `calibrate` are the commands as functions, and
+`open` reads single tensors. They are imported when first asked for, so that `import fp4conv` costs nothing.
 """
 
 from __future__ import annotations

@@ -53,6 +53,9 @@ def calibrate(
 ) -> CalibrateResult:
     """Run the model in folder (or of Hub id) `model` over the first `calib_samples` examples, and write `output`.
 
+        fp4conv.calibrate("my-llama", dataset="chats.jsonl", output="amax.safetensors")
+        fp4conv.convert("my-llama", "my-llama-w4a4", to="nvfp4", input_scales="amax.safetensors")
+
     The file has an F32 [] '<module>.input_amax' for every layer that a conversion quantises by default, and with
     `kv_cache` '<k_proj>.k_amax' and '<v_proj>.v_amax'. Examples are rows of `dataset` as `qat` takes them, cut at
     `max_length` tokens. `tell(done, of)` is called after each. Raises the errors of fp4conv.errors.

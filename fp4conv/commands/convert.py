@@ -95,15 +95,27 @@ def convert(
     on_upload: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> ConvertResult:
-    """Convert the checkpoint in `source` to `to` ('bf16', 'f16', 'f32', 'mxfp4', 'nvfp4') in folder `destination`.
+    """Convert the checkpoint in `source` to another number format, in folder `destination`.
 
-    `source` is a folder or a repository on the Hub ('org/name', 'org/name@revision', 'hf://org/name/folder'). The
-    arguments are the options of `fp4conv convert`. `on_plan` gets the plan before the first byte is written,
-    `on_bytes` the bytes of the source as they are done, `on_resume` (or else `on_bytes`) first those that an earlier
-    run has done, `on_fetch` the bytes that come from the Hub, `on_upload` the bytes of the result that are there, and
-    those in all, `on_note` what happens there. Memory stays within `max_memory`. A run that was stopped goes on when
-    called again with the same arguments. With `push_to_hub` and `stream` nothing stays here, and `destination`, or
-    else a folder called after the repository, is only the place to work in. Raises the errors of fp4conv.errors.
+        result = fp4conv.convert("my-llama", "my-llama-nvfp4", to="nvfp4")
+        print(result.sqnr_db)
+
+    `source`: a folder, or a repository on the Hub ('org/name', 'org/name@revision', 'hf://org/name/folder').
+    `to`: 'bf16', 'f16', 'f32', 'mxfp4' or 'nvfp4'. The other arguments are the options of `fp4conv convert`, by the
+    same names and with the same defaults; None is the default that docs/cli.md names. Sizes are bytes, or text such as
+    '5GB'; `max_memory` bounds the resident memory. `workers`: threads, by default one a core.
+
+    `destination` does not exist until it is whole. A run that was stopped goes on when called again with the same
+    arguments. With `push_to_hub` and `stream` nothing stays here, and `destination`, or else a folder called after the
+    repository, is only the place to work in.
+
+    Callbacks: `on_plan` gets the plan before the first byte is written; `on_bytes` the bytes of the source as they are
+    done; `on_resume` (or else `on_bytes`) first those that an earlier run has done; `on_fetch` the bytes that come from
+    the Hub; `on_upload` the bytes of the result that are there, and those in all; `on_note` what happens there.
+
+    Raises SourceError for what cannot be read as a checkpoint, PlanError for what this model cannot become, ValuesError
+    for NaN, Inf and overflow, OutputError for a destination that cannot be written, ResumeError where another run has
+    left its work there, UsageError for arguments that do not fit together: each an Fp4convError (fp4conv.errors).
     """
     started = time.monotonic()
     threads, memory = resources(workers, max_memory)

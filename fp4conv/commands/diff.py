@@ -25,12 +25,19 @@ def diff(
     on_bytes: Callable[[int], None] | None = None,
     on_fetch: OnFetch | None = None,
 ) -> Difference:
-    """Compare the values of the checkpoints in two folders, tensor by tensor under the names of the BF16 checkpoint.
+    """Compare the values of two checkpoints, tensor by tensor under the names of the BF16 checkpoint.
 
-    Values are numbers: -0.0 is 0.0, NaN is NaN, BF16 is what it is in F32. With `tolerance` a tensor passes whose SQNR
-    in dB against that of `second` is at least that; NaN and Inf must then still be in the same places. A tensor that
-    one side lacks, or that has another shape, is a difference either way. Other files are mentioned, and decide
-    nothing.
+        assert fp4conv.diff("gpt-oss-20b", "gpt-oss-20b-bf16").same
+
+    `first` and `second` are folders or repositories on the Hub, in any format and layout. Values are numbers: -0.0 is
+    0.0, NaN is NaN, BF16 is what it is in F32. With `tolerance` a tensor passes whose SQNR in dB against that of
+    `second` is at least that; NaN and Inf must then still be in the same places. A tensor that one side lacks, or that
+    has another shape, is a difference either way. Other files are mentioned, and decide nothing.
+
+    Values are streamed within `max_memory` (bytes, or text such as '1GB') by `workers` threads, by default one a core.
+    `on_total` is told the bytes that will be read before they are, `on_bytes` those that were, `on_fetch` those that
+    came from the Hub and those in all. Raises SourceError for what cannot be read as a checkpoint, UsageError for
+    arguments that do not fit.
     """
     threads, memory = resources(workers, max_memory)
     if tolerance is not None and math.isnan(tolerance):

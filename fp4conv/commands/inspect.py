@@ -35,15 +35,20 @@ def inspect(
     on_bytes: Callable[[int], None] | None = None,
     on_fetch: OnFetch | None = None,
 ) -> Inspected:
-    """What the tensors of the checkpoint in folder `source` are: formats, shapes, sizes, and figures of their values.
+    """What the tensors of the checkpoint in `source` are: formats, shapes, sizes, and figures of their values.
 
+        found = fp4conv.inspect("my-llama-nvfp4", reference="my-llama")
+        worst = min((each for each in found.tensors if each.error), key=lambda each: each.error.sqnr_db)
+
+    `source`: a folder, or a repository on the Hub.
     `reference`: a checkpoint in any format and layout that has the same tensors; each gets its error against it.
     `estimate`: formats ('mxfp4', 'nvfp4') to which a conversion is tried in memory, by each of their scale rules;
     by default both where nothing is in four bits yet and there is no `reference`. `tensor` is a glob that picks tensors
     by name: only theirs are read; sizes are those of the whole checkpoint. `headers_only` reads no values. `html`: a
     file to write as a page that shows the result; new or an older page, and outside of the folders that are read.
-    Values are streamed within `max_memory`; no figure depends on it, or on `workers`. `on_total` is told the bytes that
-    will be read before they are, `on_bytes` those that were, `on_fetch` those that come from the Hub.
+    Values are streamed within `max_memory` (bytes, or text such as '1GB') by `workers` threads, by default one a core;
+    no figure depends on either. `on_total` is told the bytes that will be read before they are, `on_bytes` those that
+    were, `on_fetch` those that came from the Hub and those in all.
 
     Raises SourceError for a folder that is no checkpoint, UsageError for a glob that matches nothing,
     OutputError where no page may be written.

@@ -26,8 +26,10 @@ def merge_lora(
 ) -> ConvertResult:
     """Merge one adapter, or several in order, into the checkpoint in folder `base`; write `destination`.
 
-    `convert(base, destination, lora=adapter)` with `to` the base's own format unless it is given; `options` are
-    those of `convert`. What no adapter touches is copied as it is.
+        fp4conv.merge_lora("gpt-oss-20b", "my-lora", "gpt-oss-20b-tuned")
+
+    The same as `convert(base, destination, lora=[adapter])`, with `to` the base's own format unless it is given.
+    `options`, the result and the errors are those of `convert`. What no adapter touches is copied as it is.
     """
     adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
     return convert(base, destination, to=to or own_format(base), lora=adapters, **options)  # type: ignore[arg-type]

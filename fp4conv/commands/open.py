@@ -25,7 +25,7 @@ Array = npt.NDArray[np.generic]
 
 
 class Checkpoint:
-    """A checkpoint opened for reading; also a context manager.
+    """A checkpoint opened for reading by `open`; also a context manager.
 
     `names` are the tensors of the model as the HF BF16 checkpoint names them, whatever the layout on disk.
     """
@@ -136,7 +136,13 @@ class Checkpoint:
 
 
 def open(source: str | Path) -> Checkpoint:
-    """Open the checkpoint in folder `source`: headers are read and checked now, tensors when asked for."""
+    """Open the checkpoint in `source`, a folder or a repository on the Hub.
+
+        with fp4conv.open("gpt-oss-20b") as checkpoint:
+            norm = checkpoint.read("model.norm.weight")
+
+    Headers are read and checked now, tensors when asked for. Raises SourceError for what is no sound checkpoint.
+    """
     return Checkpoint(parse(open_source(source)))
 
 

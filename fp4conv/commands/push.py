@@ -63,9 +63,12 @@ def push(
 ) -> Pushed:
     """Publish the checkpoint in `folder` as `repo` on the Hub, once `verify` has found no error in it.
 
+        fp4conv.push("my-llama-nvfp4", "my-org/my-llama-nvfp4", private=True)
+
     Files go to a draft pull request, which is merged when all are there. A run that was stopped goes on when called
-    again. `on_verify` gets the bytes that are about to be read for the check, `on_bytes` those that were, `on_upload`
-    the bytes that the Hub has and those in all, `on_note` what happens meanwhile. Raises the errors of fp4conv.errors.
+    again. `private` counts where there is no such repository yet; `overwrite` replaces the model in it. `on_verify`
+    gets the bytes that are about to be read for the check, `on_bytes` those that were, `on_upload` the bytes that the
+    Hub has and those in all, `on_note` what happens meanwhile. Raises the errors of fp4conv.errors.
     """
     where = Push(repo, private, overwrite, on_bytes=on_upload, on_note=on_note)
     root = existing_folder(folder, or_hub=False)

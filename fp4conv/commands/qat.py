@@ -31,6 +31,8 @@ def qat(
 ) -> Report:
     """Upcast, fine-tune, calibrate, train with fake quantisers, export and evaluate, into the folder `output`.
 
+        report = fp4conv.qat("gpt-oss-20b", dataset="my.jsonl", format="mxfp4", output="my-run")
+
     `options` are the settings (fp4conv.qat.settings), those of the YAML file `config` and of the preset beneath. A run
     that was stopped goes on when called again with the same settings. `tell` gets a line at each step, and training
     shows its progress on standard error; without it nothing is shown. Raises the errors of fp4conv.errors; those of

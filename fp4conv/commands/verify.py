@@ -37,13 +37,19 @@ def verify(
     on_bytes: Callable[[int], None] | None = None,
     on_fetch: OnFetch | None = None,
 ) -> Verified:
-    """Every problem of the checkpoint in folder `source`; with `for_server`, as they are for that server.
+    """Every problem of the checkpoint in `source`, a folder or a repository on the Hub.
 
-    `original`: what it was made from, whose values it is compared with. `on_start` and `on_compare` get the bytes that
-    are about to be read to check and to compare, `on_bytes` those that were, `on_fetch` those that come from the Hub.
-    Memory stays within `max_memory`.
-    A fault of the checkpoint is a problem in the result, not an error; SourceError is raised where there is no folder,
-    or where `original` cannot be read.
+        found = fp4conv.verify("my-llama-nvfp4", for_server="vllm")
+        print(found.ok, [problem.tensor for problem in found.problems])
+
+    `for_server`: 'vllm', 'sglang', 'trtllm', 'transformers' or 'llamacpp'; problems are then as they are for it alone.
+    `original`: what it was made from, whose values it is compared with. Values are streamed within `max_memory` (bytes,
+    or text such as '1GB') by `workers` threads, by default one a core. `on_start` and `on_compare` get the bytes that
+    are about to be read to check and to compare, `on_bytes` those that were, `on_fetch` those that came from the Hub
+    and those in all.
+
+    A fault of the checkpoint is a problem in the result, not an error. Raises SourceError where there is no folder, or
+    where `original` cannot be read, and UsageError for arguments that do not fit.
     """
     if for_server is not None and for_server not in SERVERS:
         raise UsageError(f"there is no server {for_server!r}", hint=f"choose one of {', '.join(SERVERS)}")
