@@ -24,6 +24,7 @@ class Kind(str, Enum):
     UNREADABLE_FILE = "unreadable-file"
     BAD_CONFIG = "bad-config"
     NO_CONFIG = "no-config"
+    ODD_CONFIG = "odd-config"
     MISSING_SHARD = "missing-shard"
     WRONG_SHARD = "wrong-shard"
     NOT_IN_INDEX = "not-in-index"
@@ -106,6 +107,9 @@ ABOUT: Mapping[Kind, About] = {
     Kind.UNREADABLE_FILE: About(_E, "no program can open it, and its tensors are missing", "download this file again"),
     Kind.BAD_CONFIG: About(_E, "no program can tell what model this is", "download this file again"),
     Kind.NO_CONFIG: About(_E, "no program can tell what model this is", "copy config.json from the original model"),
+    Kind.ODD_CONFIG: About(
+        _E, "programs that read it as its format says stop at it", "mend it, or take the file of the original model"
+    ),
     Kind.MISSING_SHARD: About(_E, "its tensors are missing", "download the missing files"),
     Kind.WRONG_SHARD: About(_E, "programs that go by the index do not find it", _DOWNLOAD),
     Kind.NOT_IN_INDEX: About(

@@ -156,7 +156,7 @@ def promised(config: Mapping[str, JSON]) -> Promise | None:
     model_type = config.get("model_type")
     rows = LAYERS.get(model_type) if isinstance(model_type, str) else None
     sizes = _sizes(config)
-    layers = sizes.get("layers")
+    layers = 0 if config.get("num_hidden_layers") == 0 else sizes.get("layers")
     if rows is None or layers is None or layers > MOST_LAYERS or sizes.get("experts", 0) > MOST_EXPERTS:
         return None
     shapes = {row.name: _shape(row, sizes) for row in _WHOLE if row.when(config, -1)}

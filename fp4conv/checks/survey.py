@@ -6,10 +6,11 @@ can be, so that one damaged shard does not hide what is wrong in the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fp4conv.checks.configs import marked_faults
 from fp4conv.errors import SourceError
 from fp4conv.families import module_of, natural_key
 from fp4conv.faults import Found, Kind
@@ -20,6 +21,7 @@ from fp4conv.sources.local import SMALL_FILE_BYTES, LocalFolder
 from fp4conv.sources.weights import ADAPTER, choose_weights
 
 _CONFIGS = ("config.json", "hf_quant_config.json")
+_MARKED = ("config.json", INDEX_SUFFIX)  # files where a byte order mark matters
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,19 @@ class Survey:
 
 def survey(root: Path, name: str) -> Survey:
     """Read what can be read in folder `root`: directory entries, headers, the index and the configs."""
-    listing = list_files(root)
+    refused: list[SourceError] = []
+    listing = list_files(root, refused)
     top = [entry for entry in listing.files if "/" not in entry.name]
     shards = [entry.name for entry in top if entry.name.endswith(SUFFIX)]
     faults: list[Found] = []
     configs = read_configs(root, {entry.name for entry in top}, faults)
+    faults += marked_faults(root, [entry.name for entry in top if entry.name.endswith(_MARKED)])
     weight_map, index = _read_index(root, [entry.name for entry in top], faults)
     chosen = _chosen(root, top, shards, weight_map, faults)
     tensors = _read_tensors(root, chosen, faults)
+    faults = [*(fault for fault in faults if fault.file not in {error.where for error in refused}), *_links(refused)]
+    if chosen and not tensors and not faults:
+        faults.append(Found(Kind.NOT_A_CHECKPOINT, "its files have no tensors", "the tensors of a model"))
     if any(fault.kind is Kind.NOT_A_CHECKPOINT for fault in faults):
         faults = [fault for fault in faults if fault.kind is not Kind.NO_CONFIG]
     lost: set[str] = set()
@@ -99,6 +106,14 @@ def survey(root: Path, name: str) -> Survey:
         partial=broken and weight_map is None,
         warnings=listing.warnings,
     )
+
+
+def _links(refused: Sequence[SourceError]) -> Iterator[Found]:
+    for error in refused:
+        kind = Kind.BAD_CONFIG if (error.where or "").endswith(".json") else Kind.UNREADABLE_FILE
+        yield Found(
+            kind, error.what, "the file, or a link to one in the folder or in the Hub's cache", file=error.where
+        )
 
 
 def read_configs(root: Path, names: set[str], faults: list[Found]) -> dict[str, dict[str, JSON]]:

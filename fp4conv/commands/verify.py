@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fp4conv.checks.against import Against
 from fp4conv.checks.check import Checked, check_structure, check_values, value_bytes
+from fp4conv.checks.configs import config_faults
 from fp4conv.checks.hints import damaged_hints
 from fp4conv.checks.judge import judged, unfit
 from fp4conv.checks.survey import Survey, survey
@@ -15,7 +16,7 @@ from fp4conv.errors import UsageError
 from fp4conv.faults import Found, Kind
 from fp4conv.hints.reading import has_hints
 from fp4conv.layouts import parse
-from fp4conv.model import Model
+from fp4conv.model import JSON, Model
 from fp4conv.readings import Checkpoint
 from fp4conv.report.verified import Verified
 from fp4conv.servers import SERVERS, verdicts
@@ -23,6 +24,7 @@ from fp4conv.sources import OnFetch, bring_weights, folder_of, open_source
 
 _BASE_BYTES = 150_000_000  # the interpreter with NumPy, and the headers of a large model
 _CHUNK_BYTES = 16_000_000
+_TYPED: Mapping[str, JSON] = {"model_type": "unread"}  # in place of a config that is another fault
 
 
 def verify(
@@ -65,6 +67,7 @@ def verify(
         on_start(nbytes)
     chunk = min(_CHUNK_BYTES, max(1_000_000, (memory - _BASE_BYTES) // threads))
     faults = [*found.faults, *checked.faults]
+    faults += config_faults(found.configs.get("config.json", _TYPED), checked.layout)
     faults += check_values(checked, chunk_bytes=chunk, workers=threads, progress=on_bytes)
     faults += _hint_faults(checked.model)
     against = None

@@ -45,8 +45,11 @@ def is_read(folder: str) -> bool:
     return _KNOWN_FOLDER.fullmatch(folder) is not None
 
 
-def list_files(root: Path) -> Listing:
-    """The regular files at the top and in folders that `is_read` knows ('1_Pooling/config.json'), in natural order."""
+def list_files(root: Path, refused: list[SourceError] | None = None) -> Listing:
+    """The regular files at the top and in folders that `is_read` knows ('1_Pooling/config.json'), in natural order.
+
+    A link in place of weights, index or config that leads nowhere or out is an error, which goes to `refused` if given.
+    """
     entries: list[FileEntry] = []
     folders: list[str] = []
     warnings: list[str] = []
@@ -59,7 +62,10 @@ def list_files(root: Path) -> Listing:
             continue
         if path.is_symlink() and not _link_is_safe(path):
             if path.name.endswith((SUFFIX, "config.json", INDEX_SUFFIX)):
-                raise _bad_link(path)
+                if refused is None:
+                    raise _bad_link(path)
+                refused.append(_bad_link(path))
+                continue
             if path.is_dir():
                 folders.append(path.name)
             else:
