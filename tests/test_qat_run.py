@@ -28,8 +28,10 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
 
 import fp4conv
 from fp4conv.cli import main
+from fp4conv.errors import ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
+from fp4conv.qat.quantizers import FakeQuantizer
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.settings_yaml import read_yaml
@@ -168,6 +170,19 @@ def test_the_row_of_the_export_is_measured_on_the_export(tmp_path: Path, done: R
     assert scoring.score("exported").loss == pytest.approx(np.log(vocabulary), rel=1e-3)
 
 
+def test_an_export_with_another_code_than_was_trained_stops_the_run(tmp_path: Path, done: Run) -> None:
+    shutil.copytree(done.out, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "export").glob("*.safetensors")
+    tensors = load_file(file)
+    blocks = tensors["model.layers.1.mlp.experts.down_proj_blocks"]
+    blocks.view(-1)[5] ^= 1
+    save_file(tensors, file, {"format": "pt"})
+    places = steps.Places(tmp_path / "out")
+    settings = settings_from(read_yaml(tmp_path / "out" / "qat.yaml"))
+    with pytest.raises(ValuesError, match=r"layers\.1\.mlp\.experts\.down_proj: 1 of [\d,]+ values of the export"):
+        Scoring(done.root / "model", places.sft / "model", places, settings, ()).compare()
+
+
 def test_done_again_nothing_is_done_and_the_table_is_the_same(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = done.report
     monkeypatch.setattr("fp4conv.qat.steps.launch.run", None)
@@ -303,6 +318,7 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
     (tmp_path / "data").symlink_to(done.root / "data")
     words = [*command(tmp_path, format="mxfp4", save_steps=2), "--skip", "evaluate"]
     started: list[int] = []
+    quantisers: list[FakeQuantizer] = []
 
     def stopped(at: int) -> None:
         monkeypatch.setattr(train, "progress", lambda _: Stop(at))
@@ -312,13 +328,17 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
     stopped(3)  # SFT goes on from step 4, and is done; QAT is stopped at 3
 
     class Seen(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
             started.append(state.global_step)  # type: ignore[attr-defined]
+            model = kwargs["model"]
+            assert isinstance(model, torch.nn.Module)
+            quantisers.extend(each for each in model.modules() if isinstance(each, FakeQuantizer))
 
     monkeypatch.setattr(train, "progress", lambda _: Seen())
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
     assert started == [2]
+    assert [quantiser.enabled for quantiser in quantisers] == [True] * 4  # two parameters of experts in each layer
     assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fp4conv
-from fp4conv.errors import PlanError, ValuesError
+from fp4conv.errors import Fp4convError, PlanError, SourceError, ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.admission import check_packing
 from fp4conv.qat.backend import Recipe, open_backend
@@ -63,7 +63,57 @@ def test_calibration_sees_no_padding(tmp_path: Path) -> None:
     assert float(found["model.layers.0.self_attn.q_proj.input_quantizer._amax"]) == pytest.approx(max(seen))
 
 
+def fused(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+    hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+    return torch.nn.functional.linear(hidden, self.down_proj.weight)
+
+
+def wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arithmetic of some other format."""
+    monkeypatch.setattr("fp4conv.qat.quantizers.fake_quantise", lambda x, *_: torch.round(x * 64) / 64)
+
+
+def scales_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp4conv.qat.own.share", lambda *_, **__: 0)
+
+
+def fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", fused)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (wrong_values, "are not those of fp4conv's codec"),
+        (scales_of_their_own, "its amax is not that of"),
+        (fused_kernel, "past its quantiser"),
+    ],
+)
+def test_a_fault_of_the_quantisers_stops_a_run_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None], message: str
+) -> None:
+    write_model(tmp_path / "model", TASK, family="llama")
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2 3"}\n' * 4)
+    words = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl"), "backend": "fp4conv"}
+    settings, places = settings_from({**words, "format": "nvfp4"}), steps.Places(tmp_path / "out")
+    steps.calibrate(tmp_path / "model", places, settings)
+    fault(monkeypatch)
+    with pytest.raises(Fp4convError, match=message):
+        steps.calibrate(tmp_path / "model", places, settings)
+
+
 # ---- what a trained model has beside its tensors
+
+
+def test_a_tensor_that_the_trainer_did_not_save_stops_a_run(tmp_path: Path) -> None:
+    source, saved = tmp_path / "source", tmp_path / "out" / "saved"
+    for folder in (source, saved):
+        write_model(folder, TASK, family="llama")
+    tensors = load_file(saved / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight: was not saved"):
+        steps._keep(source, tmp_path / "out", settings_from({"format": "mxfp4"}))
 
 
 def test_the_small_files_of_a_trained_model_are_those_of_its_source(tmp_path: Path) -> None:
@@ -164,11 +214,6 @@ def test_what_a_device_adds_in_another_order_each_time_is_not_taken_for_a_weight
 
 def test_a_weight_that_is_read_past_its_quantiser_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused kernel takes weights out of their modules; the codec's comparison cannot see it."""
-
-    def fused(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return torch.nn.functional.linear(hidden, self.down_proj.weight)
-
     monkeypatch.setattr(LlamaMLP, "forward", fused)
     write_model(tmp_path, TASK, family="llama")
     model, backend = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), open_backend("fp4conv")
