@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 
 import fp4conv
 from fp4conv.cli import main
-from fp4conv.commands.qat import settings_of
+from fp4conv.commands.qat import qat, settings_of
 from fp4conv.errors import UsageError
 from fp4conv.qat.settings import PRESETS, Settings, settings_from
 from fp4conv.qat.settings_yaml import to_yaml
@@ -143,3 +144,28 @@ def test_a_day_as_yaml_reads_it_is_a_day(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(UsageError, match="there is no preset 'tiny'"):
         settings_of({}, preset_name="tiny")
+
+
+def test_the_command_that_a_call_from_python_is_told_by_does_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors of a stopped run say to give it again."""
+    called: list[tuple[Settings, str]] = []
+    monkeypatch.setattr("fp4conv.qat.run.run", lambda settings, command, _: called.append((settings, command)))
+    (tmp_path / "q.yaml").write_text("seed: 7\n")
+    qat(
+        "my model",
+        config=tmp_path / "q.yaml",
+        preset_name="small",
+        dataset="d.jsonl",
+        skip=["sft", "export"],
+        lora_layers=(1, 2),
+        include="*.a b",
+        lora=True,
+        gradient_checkpointing=False,
+        qat_learning_rate=3e-5,
+    )
+    (settings, told) = called[0]
+    assert (settings.seed, settings.batch_size, settings.skip) == (7, 8, ("sft", "export"))
+    result = CliRunner().invoke(main, [*shlex.split(told)[1:], "--print-config"])
+    assert result.stdout == to_yaml(settings)

@@ -42,7 +42,7 @@ def qat(
 
     words = {**options, **({} if model is None else {"model": str(model)})}
     settings = settings_of(words, config=config, preset_name=preset_name)
-    return run(settings, command or _command_line(words), tell)
+    return run(settings, command or _command_line(words, config, preset_name), tell)
 
 
 def settings_of(
@@ -70,9 +70,16 @@ def view(report: Report) -> RenderableType:
     return made(report)
 
 
-def _command_line(options: Mapping[str, object]) -> str:
-    words = [str(options.get("model", ""))]
-    for name, value in options.items():
-        if name != "model":
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(["fp4conv", "qat", *words])
+def _command_line(options: Mapping[str, object], config: str | Path | None, preset_name: str | None) -> str:
+    """The words of the command that does the same as this call."""
+    words = ["fp4conv", "qat", *([str(options["model"])] if "model" in options else [])]
+    beneath = {"preset": preset_name, "config": config}
+    given = {**{name: value for name, value in beneath.items() if value is not None}, **options}
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name != "model" and value is not None:
+            several = value if isinstance(value, (list, tuple)) else [value]
+            words += [word for each in several for word in (f"--{flag}", str(each))]
+    return shlex.join(words)
