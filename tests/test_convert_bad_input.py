@@ -37,7 +37,7 @@ from click.testing import CliRunner
 
 import fp4conv
 from fp4conv.cli import main
-from fp4conv.errors import ValuesError
+from fp4conv.errors import ResumeError, ValuesError
 from fp4conv.formats import ScaleRule
 from fp4conv.staging import JOURNAL_NAME
 
@@ -710,3 +710,18 @@ def test_a_dry_run_beside_an_output_that_lacks_its_last_rename(tmp_path: Path) -
     assert run(*words, "--dry-run").code == 0
     assert "exists already" in run(*words, "--scale-rule", "floor", "--dry-run").err
     assert tree(tmp_path) == before
+
+
+def test_the_way_on_from_a_value_that_cannot_be_quantised(tmp_path: Path) -> None:
+    """What the message says is what works: other options, with --overwrite beside what was done."""
+    names = [f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")]
+    held = {name: noise((64, 64), seed).copy() for seed, name in enumerate(names)}
+    held[names[2]][0, 0] = np.inf
+    source = write_model(tmp_path / "src", held)
+    with pytest.raises(ValuesError, match="needs --overwrite to begin anew"):
+        fp4conv.convert(source, tmp_path / "out", to="mxfp4")
+    exclude = ["model.layers.0.mlp.down_proj"]
+    with pytest.raises(ResumeError):
+        fp4conv.convert(source, tmp_path / "out", to="mxfp4", exclude=exclude)
+    fp4conv.convert(source, tmp_path / "out", to="mxfp4", exclude=exclude, overwrite=True)
+    assert not (tmp_path / "out.partial").exists()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from fp4conv.errors import OutputError, ResumeError, SourceError
+from fp4conv.errors import OutputError, ResumeError, SourceError, ValuesError
 from fp4conv.safetensors_io import Writer
 from fp4conv.staging import JOURNAL_NAME, Staging, stage
 
@@ -272,6 +272,18 @@ def test_error_after_the_start_keeps_the_work_and_says_so(tmp_path: Path) -> Non
         assert set(out.finished) == {"one"}
         raise OutputError("disk full")
     assert (tmp_path / "dst.partial").is_dir()
+
+
+def test_a_value_that_cannot_be_written_is_not_answered_with_the_same_command(tmp_path: Path) -> None:
+    """It would fail again; another command is refused beside what was done, unless it says --overwrite."""
+    target = tmp_path / "dst"
+    with pytest.raises(ValuesError) as caught, staged(target) as out:
+        out.start()
+        raise ValuesError("NaN", hint="--exclude it")
+    assert str(caught.value).splitlines()[1:] == [
+        "  --exclude it",
+        f"  What was done is in {target}.partial: a command with other options needs --overwrite to begin anew there.",
+    ]
 
 
 def test_leaving_without_commit_keeps_only_started_work(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from fp4conv.errors import Fp4convError
+from fp4conv.errors import Fp4convError, ValuesError
 from fp4conv.staging.claim import check, claim, pins_of
 from fp4conv.staging.journal import JOURNAL_NAME
 from fp4conv.staging.output import Staging
@@ -59,7 +59,9 @@ def stage(
         yield out
     except Fp4convError as error:
         if out.leave():
-            error.hint = f"{error.hint}\n  {out.resume_hint}" if error.hint else out.resume_hint
+            # What a value makes fail fails again: there the same command is no way on.
+            way_on = out.anew_hint if isinstance(error, ValuesError) else out.resume_hint
+            error.hint = f"{error.hint}\n  {way_on}" if error.hint else way_on
         raise
     except KeyboardInterrupt as error:
         if out.leave():
