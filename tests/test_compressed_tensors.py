@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import Raw, Values, array_of, bf16, config_of, e4m3, read_raw, tree, write_model
+from library_checkpoints import made_by_compressed_tensors
 
 import fp4conv
 from fp4conv.errors import Fp4convError
@@ -19,54 +20,13 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
 Reference = Callable[[str], Path]
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 SCALARS = (".weight_scale_2", ".input_scale")
-
-
-def made_by_the_library(source: Path, out: Path, scheme: str) -> Path:
-    """Have compressed-tensors quantise and write `source` by one of its presets; the last layer's inputs vary."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
-    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    groups = {"group_0": preset_name_to_scheme(scheme, ["Linear"])}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    sets: dict[str, list[Any]] = {}
-    for name, module in model.named_modules():
-        if getattr(module, "quantization_scheme", None) is not None:
-            parent, _, leaf = name.rpartition(".")
-            sets.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}", []).append(module)
-    for number, members in enumerate(sets.values()):
-        largest = max(module.weight.data.abs().max() for module in members)
-        for module in members:
-            values = module.quantization_scheme.weights
-            blocks = module.weight.data.reshape(module.weight.shape[0], -1, values.group_size)
-            whole = None
-            if hasattr(module, "weight_global_scale"):
-                whole = module.weight_global_scale.data = generate_gparam(-largest, largest)
-            if hasattr(module, "input_global_scale"):
-                module.input_global_scale.data = torch.tensor([100.0 + number / 7])
-            least, most = blocks.amin(-1), blocks.amax(-1)
-            scale, _ = calculate_qparams(least, most, values, global_scale=whole)
-            module.weight_scale.data = scale.to(module.weight_scale.dtype)
-            module.quantization_status = QuantizationStatus.FROZEN
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(out, state_dict=model.state_dict())
-    compressor.update_config(out)
-    return out
 
 
 @pytest.fixture(params=["NVFP4A16", "NVFP4"])
 def theirs(request: pytest.FixtureRequest, reference: Reference, tmp_path: Path) -> Path:
     """llama-bf16 as the library writes it, weight-only and with quantised inputs."""
-    return made_by_the_library(reference("llama-bf16"), tmp_path / "theirs", request.param)
+    return made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs", request.param)
 
 
 def decompressed_by_the_library(folder: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from checkpoints import Array, array_of, config_of, read_raw, write_model
+from library_checkpoints import made_by_compressed_tensors
 from safetensors import safe_open
 
 import fp4conv
@@ -85,9 +86,10 @@ def test_transformers_decompresses_our_dense_mxfp4(reference: Reference, tmp_pat
 
 def test_our_config_and_tensors_are_those_that_compressed_tensors_writes(reference: Reference, tmp_path: Path) -> None:
     """Key for key, dtype for dtype; under the rule that it follows (EVEN) code for code."""
-    made = made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs")
+    made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs", "MXFP4A16")
     fp4conv.convert(reference("llama-bf16"), tmp_path / "ours", to="mxfp4", scale_rule="even")
-    theirs, ours = made, config_of(tmp_path / "ours")["quantization_config"]
+    theirs, ours = (config_of(tmp_path / folder)["quantization_config"] for folder in ("theirs", "ours"))
+    assert isinstance(theirs, dict)
     assert isinstance(ours, dict)
     extra = {"moe_sparsity_config"}  # null, and unknown to earlier releases
     assert set(theirs) - set(ours) <= extra
@@ -107,7 +109,7 @@ def test_our_config_and_tensors_are_those_that_compressed_tensors_writes(referen
 
 
 def test_we_read_what_compressed_tensors_writes(reference: Reference, tmp_path: Path) -> None:
-    made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs")
+    made_by_compressed_tensors(reference("llama-bf16"), tmp_path / "theirs", "MXFP4A16")
     found = fp4conv.inspect(tmp_path / "theirs")
     assert (found.format, found.layout, found.warnings) == ("mxfp4", "compressed-tensors", ())
     fp4conv.convert(tmp_path / "theirs", tmp_path / "bf16", to="bf16")
@@ -119,37 +121,6 @@ def without_negative_zeros(packed: Array) -> Array:
     """Codes [..., 2] a byte, with 0 for 8: the library drops the sign of what it rounds to zero."""
     codes = np.stack([packed.astype(np.uint8) & 15, packed.astype(np.uint8) >> 4], axis=-1)
     return np.where(codes == 8, 0, codes)
-
-
-def made_by_compressed_tensors(source: Path, out: Path) -> dict[str, object]:
-    """Have the library quantise and write `source`; returns its quantization_config."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import (
-        QuantizationConfig,
-        QuantizationStatus,
-        apply_quantization_config,
-        preset_name_to_scheme,
-    )
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch_.bfloat16)
-    groups = {"group_0": preset_name_to_scheme("MXFP4A16", ["Linear"])}
-    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
-    for module in model.modules():
-        if hasattr(module, "quantization_scheme"):
-            blocks = module.weight.data.reshape(module.weight.shape[0], -1, 32)
-            scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), module.quantization_scheme.weights)
-            module.weight_scale.data = scale.to(module.weight_scale.dtype)
-            module.quantization_status = QuantizationStatus.FROZEN
-    compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    model.save_pretrained(out, state_dict=model.state_dict())
-    compressor.update_config(out)
-    written = config_of(out)["quantization_config"]
-    assert isinstance(written, dict)
-    return written
 
 
 # ---- ModelOpt
