@@ -97,6 +97,15 @@ def changed(models: Path, folder: Path, name: str, **keys: object) -> Path:
     return folder
 
 
+def test_an_error_of_transformers_without_words(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(Fp4convError, match=r"has no tokenizer that transformers reads[^$]*copy tokenizer.json"):
+        load_tokenizer(models / "llama")
+
+
 def test_a_model_type_that_is_not_known_and_code_that_would_have_to_run(models: Path, tmp_path: Path) -> None:
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
     folder = changed(models, tmp_path / "own", "config.json", model_type="own", auto_map=code)

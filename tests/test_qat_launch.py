@@ -158,13 +158,18 @@ def test_a_step_goes_on_in_as_many_processes_as_it_began_with(made: Path, tmp_pa
     """Of twice as many the trainer would think that half the steps of the same number had been taken."""
     begun = settings(made, gpus=2)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(launch, "launch", lambda job, _: (Path(job.out) / "checkpoints" / "checkpoint-2").mkdir())
+        patched.setattr(
+            launch, "launch", lambda job, _: (Path(job.out) / "checkpoints" / "checkpoint-2").mkdir(exist_ok=True)
+        )
         launch.run(job(made, tmp_path / "run"), begun)
         launch.run(job(made, tmp_path / "other"), settings(made, gpus=4))
         for other in ({"gpus": 1}, {"gpus": 4}, {"gpus": 2, "sharding": "zero3"}):
             with pytest.raises(ResumeError, match="stopped in training with --gpus 2 --sharding fsdp2, and would"):
                 launch.run(job(made, tmp_path / "run"), settings(made, **other))
         (tmp_path / "run" / "checkpoints" / "checkpoint-2").rmdir()
+        launch.run(job(made, tmp_path / "run"), settings(made, gpus=4))
+        (tmp_path / "run" / "checkpoints" / "checkpoint-2").mkdir(exist_ok=True)
+        (tmp_path / "run" / "checkpoints" / "processes.json").write_text("")  # killed as it was written
         launch.run(job(made, tmp_path / "run"), settings(made, gpus=4))
 
 

@@ -19,7 +19,7 @@ from fp4conv.qat import steps
 from fp4conv.qat.made import Task, write_model
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.sharing import OptimizerCheck
-from fp4conv.qat.train import CHECKPOINTS, Job, _on_one_gpu, train
+from fp4conv.qat.train import CHECKPOINTS, Job, train
 
 EXAMPLES, STEPS, WARM_UP = 24, 12, 3
 
@@ -60,16 +60,6 @@ def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, pe
     state = json.loads((out / CHECKPOINTS / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([published(step, peak) for step in range(STEPS)])
-
-
-@pytest.mark.parametrize(("processes", "gpus"), [("1", 1), ("2", 4)])
-def test_a_lone_process_trains_on_one_of_the_gpus_that_it_sees(
-    monkeypatch: pytest.MonkeyPatch, processes: str, gpus: int
-) -> None:
-    """trl refuses a trainer that would split batches over them, after minutes."""
-    monkeypatch.setenv("WORLD_SIZE", processes)
-    arguments = SimpleNamespace(device=torch.device("cuda"), _n_gpu=4)
-    assert _on_one_gpu(arguments)._n_gpu == gpus
 
 
 def test_an_optimizer_on_other_parameters_does_not_begin() -> None:

@@ -42,17 +42,25 @@ def _check_processes(checkpoints: Path, settings: Settings) -> None:
     The trainer would count anew, by the batches of the new number, which examples it has seen and how many steps there
     are, and would look for an optimizer's state of another kind.
     """
-    noted = checkpoints / _PROCESSES
     now = ["--gpus", str(settings.gpus), *(["--sharding", settings.sharding] if settings.gpus > 1 else [])]
-    if any(checkpoints.glob("checkpoint-*")) and noted.is_file():
-        before = json.loads(noted.read_text(encoding="utf-8"))
-        if before != now:
-            raise ResumeError(
-                f"this step was stopped in training with {' '.join(before)}, and would go on with {' '.join(now)}",
-                where=str(checkpoints),
-                hint=f"go on with {' '.join(before)}; or remove {checkpoints} to do the step again from its beginning",
-            )
-    noted.write_text(json.dumps(now), encoding="utf-8")
+    before = _noted(checkpoints) if any(checkpoints.glob("checkpoint-*")) else None
+    if before is None:
+        (checkpoints / _PROCESSES).write_text(json.dumps(now), encoding="utf-8")
+    elif before != now:
+        raise ResumeError(
+            f"this step was stopped in training with {' '.join(before)}, and would go on with {' '.join(now)}",
+            where=str(checkpoints),
+            hint=f"go on with {' '.join(before)}; or remove {checkpoints} to do the step again from its beginning",
+        )
+
+
+def _noted(checkpoints: Path) -> list[str] | None:
+    """The words that the processes were asked for with; None where nothing, or a kill's half of it, says so."""
+    try:
+        words: list[str] = json.loads((checkpoints / _PROCESSES).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return words
 
 
 def launch(job: Job, settings: Settings, *, cpu: bool = False) -> Trained:

@@ -93,7 +93,7 @@ class ModelOptBackend:
             _quantize(model, entries)
         except RuntimeError as error:
             raise PlanError(
-                f"nothing to quantise was found in this model: {str(error).splitlines()[0]}",
+                f"nothing to quantise was found in this model: {(str(error).splitlines() or [''])[0]}",
                 hint="choose another --quant-cfg, or leave it out",
             ) from error
         self._check_prepared(model, recipe)

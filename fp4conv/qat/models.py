@@ -28,14 +28,14 @@ _EAGER = frozenset({"gpt_oss"})  # its attention sinks are learned with eager at
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, which pads on the right; SourceError where there is none."""
+    """The tokenizer in `folder`, with a token to pad with; SourceError where there is none that transformers reads."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SourceError(
-            f"has no tokenizer that transformers reads: {str(error).splitlines()[0]}",
+            f"has no tokenizer that transformers reads: {(str(error).splitlines() or [''])[0]}",
             where=str(folder),
             hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error

@@ -124,7 +124,7 @@ def _trainer(
     from trl import SFTTrainer
 
     transformers_seed(settings.seed)
-    arguments = _on_one_gpu(_arguments(job, settings))  # before the model: transformers reads there how it is shared
+    arguments = _arguments(job, settings)  # before the model: transformers reads there how it is shared
     model: torch.nn.Module = load_model(Path(job.source), settings)
     trainer: type = SFTTrainer
     quantized: list[str] = []
@@ -164,13 +164,6 @@ def _optimizer(
         return None
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     return Float32AdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
-
-
-def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
-    """A lone process trains on one GPU, however many it sees: else the trainer would ask torch to split batches."""
-    if not distributed() and arguments.device.type == "cuda":
-        arguments._n_gpu = 1
-    return arguments
 
 
 def transformers_seed(seed: int) -> None:
@@ -214,7 +207,8 @@ def _arguments(job: Job, settings: Settings) -> SFTConfig:
         seed=settings.seed,
         dataloader_pin_memory=cuda,
     )
-    made._n_gpu = min(1, made.n_gpu)  # a lone process would take every GPU that it sees
+    # A lone process would split batches over every GPU that it sees, which trl refuses after minutes.
+    made._n_gpu = min(1, made.n_gpu)
     return made
 
 
