@@ -274,15 +274,17 @@ def test_error_after_the_start_keeps_the_work_and_says_so(tmp_path: Path) -> Non
     assert (tmp_path / "dst.partial").is_dir()
 
 
-def test_a_value_that_cannot_be_written_is_not_answered_with_the_same_command(tmp_path: Path) -> None:
-    """It would fail again; another command is refused beside what was done, unless it says --overwrite."""
+def test_a_value_that_cannot_be_written_is_answered_with_what_other_options_need(tmp_path: Path) -> None:
+    """The same command would fail again; another one is refused beside what was done, unless it says --overwrite."""
     target = tmp_path / "dst"
     with pytest.raises(ValuesError) as caught, staged(target) as out:
         out.start()
         raise ValuesError("NaN", hint="--exclude it")
     assert str(caught.value).splitlines()[1:] == [
         "  --exclude it",
-        f"  What was done is in {target}.partial: a command with other options needs --overwrite to begin anew there.",
+        "  Other options begin anew, and need --overwrite.",
+        f"  What is done is kept in {target}.partial. The same command goes on from there:",
+        f"    fp4conv convert SRC {target}",
     ]
 
 

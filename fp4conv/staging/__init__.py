@@ -59,8 +59,9 @@ def stage(
         yield out
     except Fp4convError as error:
         if out.leave():
-            # What a value makes fail fails again: there the same command is no way on.
-            way_on = out.anew_hint if isinstance(error, ValuesError) else out.resume_hint
+            # What a value makes fail fails again, unless the source is mended or the options are others.
+            others = "Other options begin anew, and need --overwrite.\n  " if isinstance(error, ValuesError) else ""
+            way_on = others + out.resume_hint
             error.hint = f"{error.hint}\n  {way_on}" if error.hint else way_on
         raise
     except KeyboardInterrupt as error:

@@ -40,11 +40,6 @@ class Staging:
     def resume_hint(self) -> str:
         return f"What is done is kept in {self.root}. The same command goes on from there:\n    {self._journal.command}"
 
-    @property
-    def anew_hint(self) -> str:
-        """The way on where the same command would fail again: another one, which must say that it begins anew."""
-        return f"What was done is in {self.root}: a command with other options needs --overwrite to begin anew there."
-
     def start(self) -> None:
         """Tensor data are about to be written: from now on an error keeps the folder."""
         self.started = True
