@@ -34,7 +34,7 @@ from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.quantizers import FakeQuantizer
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
-from fp4conv.qat.settings_yaml import read_yaml
+from fp4conv.qat.settings_yaml import read_yaml, to_yaml
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
 QUICK: Mapping[str, object] = {
@@ -339,6 +339,27 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
     assert result.exit_code == 0, result.output
     assert started == [2]
     assert [quantiser.enabled for quantiser in quantisers] == [True] * 4  # two parameters of experts in each layer
+    assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
+
+
+def test_stopped_in_a_conversion_it_names_the_command_that_goes_on(
+    tmp_path: Path, done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the run, and not the hundred words of `convert` that the step stands for."""
+    settings = read_yaml(done.out / "qat.yaml") | {"output": str(tmp_path / "out"), "skip": ("evaluate",)}
+    (tmp_path / "qat.yaml").write_text(to_yaml(settings_from(settings)))
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp4conv.commands.convert.write_files", stopped)
+        result = CliRunner().invoke(main, ["qat", "--config", str(tmp_path / "qat.yaml")])
+    assert result.exit_code == 130
+    again = result.output.splitlines()[-1].split()
+    assert again == ["fp4conv", "qat", "--config", str(tmp_path / "out" / "qat.yaml")]
+    result = CliRunner().invoke(main, again[1:])
+    assert result.exit_code == 0, result.output
     assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
 
 

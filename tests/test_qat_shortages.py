@@ -34,6 +34,13 @@ def test_a_full_gpu_says_what_takes_less(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
+def test_ctrl_c_says_that_nothing_is_lost(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match="The same command goes on"), shortages(tmp_path):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt, match="what a conversion says"), shortages(tmp_path):
+        raise KeyboardInterrupt("what a conversion says")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), KeyError("a"), UsageError("b")])
 def test_other_errors_stay_as_they_are(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)) as found, shortages(tmp_path):

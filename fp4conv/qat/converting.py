@@ -1,18 +1,21 @@
-"""How many threads the conversions of a run take: as many cores as `max_memory` has room for.
+"""What the conversions of a run have in common: how many threads they take, and the command that goes on with them.
 
-Found out before anything is trained: an adapter's factors stand in memory once a thread, and on a machine of many cores
-there would be no room for all of them when training is done.
+As many cores as `max_memory` has room for, found out before anything is trained: an adapter's factors stand in memory
+once a thread, and on a machine of many cores there would be no room for all of them when training is done.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp4conv.commands.convert import available_cores
 from fp4conv.errors import UsageError
 from fp4conv.plan import BASE_BYTES
+from fp4conv.qat.settings_yaml import SETTINGS_FILE
 from fp4conv.sizes import as_option, parse_size
 
 if TYPE_CHECKING:
@@ -35,6 +38,11 @@ def threads(model: Model, settings: Settings, *, merges: bool) -> int:
             hint=f"give at least {as_option(BASE_BYTES + 3 * factors + _BLOCK_BYTES)}",
         )
     return found
+
+
+def going_on(settings: Settings) -> str:
+    """The command that goes on with the run, for messages: the words of one of its conversions would not."""
+    return shlex.join(["fp4conv", "qat", "--config", str(Path(str(settings.output)) / SETTINGS_FILE)])
 
 
 def _factor_bytes(model: Model, settings: Settings) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from fp4conv.errors import OutputError, ResumeError, UsageError
 from fp4conv.model import JSON
 from fp4conv.qat.settings import Settings, settings_from
-from fp4conv.qat.settings_yaml import read_yaml, to_yaml
+from fp4conv.qat.settings_yaml import SETTINGS_FILE, read_yaml, to_yaml
 from fp4conv.qat.shortages import shortages
 from fp4conv.qat.unchanged import INPUTS, check_unchanged
 from fp4conv.staging.journal import JOURNAL_NAME, Journal
@@ -31,7 +31,6 @@ from fp4conv.staging.places import nearest_existing
 if TYPE_CHECKING:
     from fp4conv.qat.report import Report
 
-SETTINGS_FILE = "qat.yaml"
 # Settings that may differ when a run goes on: those of the machine (within a step of training `launch` wants the same
 # processes, whose number is a factor of the batch), and those that change no result.
 _FREE = frozenset({"gpus", "sharding", "save_steps", "logging_steps", "max_memory", "eval_batch_size", "output"})

@@ -19,7 +19,7 @@ from fp4conv.families import Role
 from fp4conv.formats import BLOCK_FORMATS, MXFP4
 from fp4conv.model import JSON
 from fp4conv.qat.checks import check_exported
-from fp4conv.qat.converting import threads
+from fp4conv.qat.converting import going_on, threads
 from fp4conv.qat.data import held_out
 from fp4conv.qat.evaluate import Score, batches, evaluate
 from fp4conv.qat.in_force import bake
@@ -172,6 +172,7 @@ class Scoring:
             hints=False,
             max_memory=self.settings.max_memory,
             workers=threads(found, self.settings, merges=False),
+            command=going_on(self.settings),
             overwrite=True,
         )
         model = load_model(dense, self.settings)

@@ -10,6 +10,8 @@ import yaml
 from fp4conv.errors import UsageError
 from fp4conv.qat.settings import Settings, checked, plain
 
+SETTINGS_FILE = "qat.yaml"  # in the folder of a run: all its settings
+
 
 def read_yaml(path: Path) -> dict[str, object]:
     """The settings of a YAML file, unchecked but for their names. UsageError where it cannot be read."""

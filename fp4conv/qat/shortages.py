@@ -1,4 +1,4 @@
-"""A disk or a GPU that is full in the middle of a run, as an error that says what to do. Nothing done is lost by it."""
+"""What stops a run in the middle, a full disk or GPU or Ctrl-C, with what to do. Nothing done is lost by it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def shortages(root: Path) -> Iterator[None]:
     try:
         yield
     except Fp4convError:
+        raise
+    except KeyboardInterrupt as stopped:
+        stopped.args = stopped.args or ("The same command goes on from the last finished step or checkpoint.",)
         raise
     except OSError as error:
         if error.errno in _FULL:

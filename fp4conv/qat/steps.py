@@ -25,7 +25,7 @@ from fp4conv.qat import launch
 from fp4conv.qat.backend import Batch
 from fp4conv.qat.calibrating import one_by_one
 from fp4conv.qat.checks import check_forward, check_saved, check_shared
-from fp4conv.qat.converting import threads
+from fp4conv.qat.converting import going_on, threads
 from fp4conv.qat.data import load_data
 from fp4conv.qat.in_force import check_in_force
 from fp4conv.qat.models import free, load_model, load_tokenizer, parsed
@@ -161,6 +161,7 @@ def _keep(source: Path, out: Path, settings: Settings) -> None:
         hints=False,
         max_memory=settings.max_memory,
         workers=threads(parsed(source), settings, merges=settings.lora),
+        command=going_on(settings),
         overwrite=True,
         lora=[out / SAVED] if settings.lora else [],
         merge_rounding="training" if settings.lora else None,
