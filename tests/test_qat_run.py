@@ -170,16 +170,24 @@ def test_the_row_of_the_export_is_measured_on_the_export(tmp_path: Path, done: R
     assert scoring.score("exported").loss == pytest.approx(np.log(vocabulary), rel=1e-3)
 
 
-def test_an_export_with_another_code_than_was_trained_stops_the_run(tmp_path: Path, done: Run) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("model.layers.1.mlp.experts.down_proj_blocks", r"experts\.down_proj: 1 of [\d,]+ values of the export"),
+        ("model.layers.1.self_attn.q_proj.weight", r"self_attn\.q_proj\.weight [^$]*is not what was trained"),
+    ],
+)
+def test_an_export_with_another_bit_than_was_trained_stops_the_run(
+    tmp_path: Path, done: Run, tensor: str, message: str
+) -> None:
     shutil.copytree(done.out, tmp_path / "out")
     (file,) = (tmp_path / "out" / "export").glob("*.safetensors")
     tensors = load_file(file)
-    blocks = tensors["model.layers.1.mlp.experts.down_proj_blocks"]
-    blocks.view(-1)[5] ^= 1
+    tensors[tensor].view(torch.uint8).view(-1)[4] ^= 1
     save_file(tensors, file, {"format": "pt"})
     places = steps.Places(tmp_path / "out")
     settings = settings_from(read_yaml(tmp_path / "out" / "qat.yaml"))
-    with pytest.raises(ValuesError, match=r"layers\.1\.mlp\.experts\.down_proj: 1 of [\d,]+ values of the export"):
+    with pytest.raises(ValuesError, match=message):
         Scoring(done.root / "model", places.sft / "model", places, settings, ()).compare()
 
 
@@ -241,12 +249,13 @@ def test_a_run_does_not_go_on_with_other_examples_or_another_model(tmp_path: Pat
     assert "began before the model changed" in CliRunner().invoke(main, words).output
 
 
-def test_a_run_that_diverges_is_stopped(tmp_path: Path, done: Run) -> None:
-    result = CliRunner().invoke(
-        main, command(done.root, format="mxfp4", output=tmp_path / "out", sft_learning_rate=1e9, sft_max_steps=3)
-    )
+@pytest.mark.parametrize(("steps_of_sft", "message"), [(3, "after the last step"), (12, "at step [2-9]")])
+def test_a_run_that_diverges_is_stopped(tmp_path: Path, done: Run, steps_of_sft: int, message: str) -> None:
+    """Where the log tells it, and where only the weights that the last step left do."""
+    changed = {"sft_learning_rate": 1e9, "sft_max_steps": steps_of_sft, "output": tmp_path / "out"}
+    result = CliRunner().invoke(main, command(done.root, format="mxfp4", **changed))
     assert result.exit_code == 1
-    assert "training has diverged" in result.output
+    assert re.search(f"{message}: training has diverged", result.output), result.output
     assert "--sft-learning-rate" in result.output
     assert not (tmp_path / "out" / "quantizers").exists()
 

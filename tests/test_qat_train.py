@@ -16,6 +16,7 @@ import torch
 
 from fp4conv.errors import ValuesError
 from fp4conv.qat import steps
+from fp4conv.qat.adamw import Float32AdamW
 from fp4conv.qat.made import Task, write_model
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.sharing import OptimizerCheck
@@ -69,3 +70,21 @@ def test_an_optimizer_on_other_parameters_does_not_begin() -> None:
         optimizer = torch.optim.SGD(held.parameters(), lr=1.0)
         with nullcontext() if held is model else pytest.raises(ValuesError, match="other parameters than those"):
             OptimizerCheck().on_train_begin(arguments, None, None, model=model, optimizer=optimizer)
+
+
+class Elsewhere(Float32AdamW):
+    """An optimizer of parameters that the model has not, as after accelerate has replaced them."""
+
+    def __init__(self, params: object, lr: float, **_: object) -> None:
+        super().__init__([torch.nn.Parameter(torch.zeros(1))], lr)
+
+
+def test_training_with_such_an_optimizer_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model", Task(rules=2, prime=5), family="llama")
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2 3"}\n' * 4)
+    monkeypatch.setattr("fp4conv.qat.train.Float32AdamW", Elsewhere)
+    with pytest.raises(ValuesError, match="other parameters than those"):
+        train(
+            Job("sft", str(tmp_path / "model"), str(tmp_path / "sft")),
+            settings_from({"dataset": str(tmp_path / "d.jsonl")}),
+        )

@@ -24,6 +24,7 @@ from fp4conv.codecs.nvfp4 import tensor_scale
 from fp4conv.errors import SourceError, ValuesError
 from fp4conv.formats import BLOCK_FORMATS, Ties
 from fp4conv.layouts import parse
+from fp4conv.model import Stored
 from fp4conv.qat.amax import unequal_sets
 from fp4conv.qat.backend import QuantizedWeight
 from fp4conv.qat.targets import checkpoint_tensors, weight_set_of
@@ -118,6 +119,33 @@ def check_exported(weights: Iterable[QuantizedWeight], folder: Path) -> ForwardR
             return values
 
         return _compare(weights, exported)
+
+
+def check_dense(folder: Path, trained: Path) -> int:
+    """Tensors of the checkpoint in `folder` that are not quantised are those of `trained`, bit by bit; how many.
+
+    Raises ValuesError with the first that is not, SourceError with one that `trained` has not.
+    """
+    from fp4conv.commands.open import open as open_checkpoint
+
+    with open_checkpoint(folder) as export, open_checkpoint(trained) as masters:
+        known = set(masters.names)
+        names = [weight.name for weight in export.model.weights if isinstance(weight.value, Stored)]
+        for name in names:
+            if name not in known:
+                raise SourceError(f"is in the export, and not among what was trained ({trained})", where=name)
+            found, expected = (_bits(checkpoint.read(name)) for checkpoint in (export, masters))
+            if not np.array_equal(found, expected):
+                raise ValuesError(
+                    f"is not quantised, and in the export it is not what was trained ({trained})",
+                    where=f"{name} ({folder})",
+                    hint="export again: remove the folder of the export, and give the same command",
+                )
+    return len(names)
+
+
+def _bits(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -244,4 +272,4 @@ def _differs(tensor: _Tensor, found: Values, what: tuple[str, str]) -> ValuesErr
     )
 
 
-__all__ = ["ForwardReport", "check_exported", "check_forward", "check_saved", "check_shared", "decoded"]
+__all__ = ["ForwardReport", "check_dense", "check_exported", "check_forward", "check_saved", "check_shared", "decoded"]

@@ -18,7 +18,7 @@ from fp4conv.commands.convert import convert
 from fp4conv.families import Role
 from fp4conv.formats import BLOCK_FORMATS, MXFP4
 from fp4conv.model import JSON
-from fp4conv.qat.checks import check_exported
+from fp4conv.qat.checks import check_dense, check_exported
 from fp4conv.qat.converting import going_on, threads
 from fp4conv.qat.data import held_out
 from fp4conv.qat.evaluate import Score, batches, evaluate
@@ -100,6 +100,7 @@ class Scoring:
         backend, settings = backend_of(self.settings), self.settings
         model = self._fake_quantised()
         report = check_exported(backend.quantized(model), self.places.export)
+        check_dense(self.places.export, self.places.qat / "model")
         backend.set_inputs(model, False)
         plain = self._logits(model)
         backend.set_inputs(model, True)
