@@ -271,6 +271,8 @@ def test_wrong_rows_are_refused(reference: Reference, monkeypatch: pytest.Monkey
     assert run("inspect", source, "--tensor", "*", "--rows", "a:b").exit_code == 2
     assert run("inspect", source, "--tensor", "*", "--rows", "1:2:3").exit_code == 2
     assert run("inspect", source, "--tensor", "nothing", "--rows", "1").exit_code == 2
+    for rows in ("5:2", "1000:2000", "3:3"):
+        assert run("inspect", source, "--tensor", f"{DOWN}.weight", "--rows", rows).exit_code == 2
     assert "[]" not in run("inspect", source, "--tensor", f"{DOWN}.weight", "--rows", "0:1", "--json").stdout
     monkeypatch.setattr("fp4conv.commands.show.MOST_VALUES", 1000)
     with pytest.raises(UsageError, match="too many"):

@@ -201,7 +201,10 @@ def test_disk_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12_340_000_000))
     error = refused(tmp_path / "new" / "dst", nbytes=65_400_000_000)
-    assert error.what == "the disk is too small: 65.40 GB are needed, 12.34 GB are free"
+    assert error.what == "the disk is too small: 65.4 GB are needed, 12.3 GB are free"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    error = refused(tmp_path / "new" / "dst", nbytes=8_000_000)
+    assert error.what == "the disk is too small: 8.00 MB are needed, 2.00 MB are free"
     assert error.hint
     assert everything(tmp_path) == {}
 

@@ -36,6 +36,13 @@ def show(source: str | Path, tensor: str, rows: tuple[int | None, int | None] = 
             hint="list the names with: fp4conv inspect SRC --headers-only --csv",
         )
     asked = [(weight, range(*slice(*rows).indices(_rows(weight)))) for weight in picked]
+    if not any(numbers for _, numbers in asked):
+        first, last = ("" if end is None else end for end in rows)
+        longest = max(picked, key=_rows)
+        raise UsageError(
+            f"--rows {first}:{last} are no rows of {longest.name}, which has {_rows(longest):,}",
+            hint="write A:B, A below B",
+        )
     values = sum(len(numbers) * (weight.elements // max(1, _rows(weight))) for weight, numbers in asked)
     if values > MOST_VALUES:
         raise UsageError(

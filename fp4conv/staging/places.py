@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp4conv.errors import OutputError
+from fp4conv.sizes import format_size
 from fp4conv.sources.listing import is_read
 
 
@@ -108,7 +109,7 @@ def check_room(places: Places, nbytes: int) -> None:
     free = shutil.disk_usage(nearest_existing(places.target.parent)).free
     if needed > free:
         raise OutputError(
-            f"the disk is too small: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
+            f"the disk is too small: {format_size(needed)} are needed, {format_size(free)} are free",
             where=str(places.target),
             hint="Free some space, or write to another disk.",
         )
