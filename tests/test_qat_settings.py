@@ -112,6 +112,7 @@ def test_every_preset_is_valid(name: str) -> None:
         ("lora_alpha: 0", "expected more than 0"),
         ("chat_date: tomorrow", "expected a day such as 2026-01-31"),
         ("chat_date: 20260131", "expected text"),
+        ("chat_date: 2026-02-30", "holds what YAML cannot read: day"),
         ("max_memory: much", "'much' is not a size"),
         ("seed: 1\nformat: mxfp4\nseed: 2", "says seed more than once"),
         ("\tseed: 1", "is not YAML"),

@@ -23,6 +23,8 @@ def read_yaml(path: Path) -> dict[str, object]:
         raise UsageError(f"cannot be read: {error}", where=str(path)) from error
     except yaml.YAMLError as error:
         raise UsageError(f"is not YAML: {error}", where=str(path)) from error
+    except ValueError as error:  # of a date that no calendar has
+        raise UsageError(f"holds what YAML cannot read: {error}", where=str(path)) from error
     if found is None:
         return {}
     if not isinstance(found, dict):
