@@ -145,7 +145,7 @@ def test_adapter_is_opened_by_its_own_door(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     error = refusal(tmp_path)
     assert "LoRA adapter" in error.what
-    assert "--lora" in str(error.hint)
+    assert "merge-lora" in str(error.hint)
     assert list(open_adapter(tmp_path).tensors) == ["lora_A"]
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(SourceError, match=r"has no adapter_model\.safetensors"):

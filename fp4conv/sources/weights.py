@@ -136,7 +136,7 @@ def _no_weights(folder: Folder, names: Sequence[str]) -> SourceError:
         return SourceError(
             "this is a LoRA adapter: it has no model weights of its own",
             where=where,
-            hint="Give the base model as the source and the adapter as --lora ADAPTER.",
+            hint="Give the base model; to merge the adapter into it: fp4conv merge-lora BASE ADAPTER DST",
         )
     for inside, source in sorted(folder.nested().items()):
         hint = f"The folder {inside} in it has some: give {source}"
