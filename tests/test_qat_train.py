@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from fp4conv.errors import ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.adamw import Float32AdamW
-from fp4conv.qat.made import Task, write_model
+from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.sharing import OptimizerCheck
 from fp4conv.qat.train import CHECKPOINTS, Job, train
@@ -88,3 +89,21 @@ def test_training_with_such_an_optimizer_does_not_begin(tmp_path: Path, monkeypa
             Job("sft", str(tmp_path / "model"), str(tmp_path / "sft")),
             settings_from({"dataset": str(tmp_path / "d.jsonl")}),
         )
+
+
+def test_the_loss_of_a_row_with_a_prompt_is_over_its_completion_alone(tmp_path: Path) -> None:
+    """Rows that are all the same, so that the first loss is known: the mean over completion and end."""
+    task = Task(rules=2, prime=7)
+    write_model(tmp_path / "model", task, family="llama")
+    row = {"prompt": "rule1 3 w2 w5", "completion": " 4 6"}
+    (tmp_path / "d.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    words = {"dataset": str(tmp_path / "d.jsonl"), "dtype": "float32", "sft_max_steps": 1}
+    trained = train(Job("sft", str(tmp_path / "model"), str(tmp_path / "sft")), settings_from(words))
+    tokenizer = tokenizer_for(task.words())
+    start = tokenizer(row["prompt"])["input_ids"]
+    rest = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([start + rest])).logits[0, len(start) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(rest))
+    assert trained.curve[0][1] == pytest.approx(float(expected), rel=1e-4)
