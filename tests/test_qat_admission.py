@@ -75,6 +75,7 @@ def test_models_that_can_be_trained_pass_in_any_format(models: Path, model: str,
         ("llama", {"scheduler": "none"}, "scheduler is 'none', which transformers does not know"),
         ("llama", {"scheduler": "warmup_stable_decay"}, "takes more than a rate[^$]*choose one of linear, cosine,"),
         ("llama", {"scheduler": "reduce_lr_on_plateau"}, "takes more than a rate"),
+        ("gpt-oss", {"packing": True}, "packed examples would see one another"),
         (
             "llama",
             {"lora": True, "lora_layers": (0, 9)},
