@@ -230,3 +230,11 @@ def test_a_weight_that_is_there_twice_is_not_converted(tmp_path: Path) -> None:
 def test_a_type_that_is_no_word_is_no_traceback(tmp_path: Path) -> None:
     folder = planted(tmp_path, GPT_OSS, config(lambda model: model.update(model_type=["gpt_oss"])))
     assert json.dumps(fp4conv.verify(folder).to_json())
+
+
+def test_experts_that_are_dense_in_part_come_back_as_they_were(tmp_path: Path) -> None:
+    """By way of BF16 and its hints: no fault of the conversion, and still one of the checkpoint."""
+    source = planted(tmp_path, GPT_OSS, half_dense_experts)
+    fp4conv.convert(source, tmp_path / "dense", to="bf16")
+    fp4conv.convert(tmp_path / "dense", tmp_path / "back", to="mxfp4")
+    assert severities(fp4conv.verify(tmp_path / "back"))["set-in-part"] == "error"
