@@ -334,6 +334,10 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
         assert CliRunner().invoke(main, words).exit_code == 130
 
     stopped(5)
+    (state,) = (tmp_path / "out" / "sft" / "checkpoints").glob("checkpoint-4/trainer_state.json")
+    facts = json.loads(state.read_text())
+    facts["stateful_callbacks"]["SpentMeter"]["attributes"]["seconds"] += 1_000  # as if it had gone on for longer
+    state.write_text(json.dumps(facts))
     stopped(3)  # SFT goes on from step 4, and is done; QAT is stopped at 3
 
     class Seen(TrainerCallback):  # type: ignore[misc]
@@ -349,6 +353,12 @@ def test_stopped_in_training_it_goes_on_from_the_checkpoint(
     assert started == [2]
     assert [quantiser.enabled for quantiser in quantisers] == [True] * 4  # two parameters of experts in each layer
     assert weights(tmp_path / "out" / "export") == weights(done.out / "export")
+    report, undisturbed = Run(tmp_path, ()).report, done.report
+    for step in ("sft", "qat"):
+        for fact in ("curve", "steps", "tokens"):
+            assert report["training"][step][fact] == undisturbed["training"][step][fact]  # type: ignore[index]
+    assert report["training"]["sft"]["seconds"] == report["seconds"]["sft"] > 1_000  # type: ignore[index]
+    assert 0 < report["training"]["qat"]["seconds_before"] < report["seconds"]["qat"] < 1_000  # type: ignore[index]
 
 
 def test_stopped_in_a_conversion_it_names_the_command_that_goes_on(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,15 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from fp4conv.errors import ValuesError
-from fp4conv.qat import steps
+from fp4conv.qat import launch, steps
+from fp4conv.qat import train as train_module
 from fp4conv.qat.adamw import Float32AdamW
 from fp4conv.qat.made import Task, tokenizer_for, write_model
-from fp4conv.qat.settings import settings_from
+from fp4conv.qat.models import load_model
+from fp4conv.qat.settings import Settings, settings_from
 from fp4conv.qat.sharing import OptimizerCheck
 from fp4conv.qat.train import CHECKPOINTS, Job, train
 
@@ -34,22 +38,27 @@ def published(step: int, peak: float) -> float:
     return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-@pytest.mark.parametrize(("kind", "peak"), [("sft", 3e-4), ("qat", 7e-5)])
-def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, peak: float) -> None:
-    task = Task(rules=2, prime=7, length=2)
-    write_model(tmp_path / "model", task, family="llama")
+def made(root: Path, **more: object) -> Settings:
+    """A model and a dataset in `root`, and settings by which twelve steps see each example three times."""
+    write_model(root / "model", Task(rules=2, prime=7, length=2), family="llama")
     rows = [{"prompt": f"rule1 {i % 7}", "completion": f" {i % 5} {i % 3}"} for i in range(EXAMPLES)]
-    (tmp_path / "data").mkdir()
+    (root / "data").mkdir()
     for split, some in (("train", rows), ("test", rows[:2])):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    settings = settings_from(
+        (root / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return settings_from(
         {
-            **{"dataset": str(tmp_path / "data"), "format": "mxfp4", "backend": "fp4conv"},
+            **{"dataset": str(root / "data"), "format": "mxfp4", "backend": "fp4conv"},
             **{"batch_size": 2, "gradient_accumulation": 3, "warmup": WARM_UP / STEPS, "logging_steps": 1},
             **{"sft_learning_rate": 3e-4, "qat_learning_rate": 7e-5, "sft_epochs": 3, "qat_epochs": 3},
             "save_steps": STEPS,
-        }
+        },
+        more,
     )
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("sft", 3e-4), ("qat", 7e-5)])
+def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, peak: float) -> None:
+    settings = made(tmp_path)
     places = steps.Places(tmp_path / "out")
     steps.calibrate(tmp_path / "model", places, settings)
     out = tmp_path / kind
@@ -62,6 +71,56 @@ def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, pe
     state = json.loads((out / CHECKPOINTS / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([published(step, peak) for step in range(STEPS)])
+
+
+class Second(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
+    """Each step takes one; Ctrl-C after step `last`."""
+
+    def __init__(self, clock: list[float], last: int = 0) -> None:
+        self._clock, self._last = clock, last
+
+    def on_step_begin(self, args: object, state: object, control: object, **_: object) -> None:
+        self._clock[0] += 1
+
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
+        if state.global_step == self._last:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+
+def test_what_was_stopped_counts_all_that_it_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that each step moves on by a second, loading by ten and writing a checkpoint by a hundred."""
+    clock, held = [0.0], [7]
+
+    def takes(seconds: float, work: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object, **options: object) -> object:
+            clock[0] += seconds
+            return work(*args, **options)
+
+        return timed
+
+    settings = made(tmp_path, save_steps=2)
+    monkeypatch.setattr("fp4conv.qat.spent.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(train_module, "peak_bytes", lambda: held[0])
+    monkeypatch.setattr(train_module, "load_model", takes(10, load_model))
+    monkeypatch.setattr(Trainer, "_save_rng_state", takes(100, Trainer._save_rng_state))
+    monkeypatch.setattr(train_module, "progress", lambda _: Second(clock, last=5))
+    job = Job("sft", str(tmp_path / "model"), str(tmp_path / "sft"))
+    with pytest.raises(KeyboardInterrupt):
+        launch.run(job, settings)
+    monkeypatch.setattr(train_module, "progress", lambda _: Second(clock))
+    held[0] = 5
+    trained = launch.run(job, settings)
+    assert trained.seconds_before == 10 + 4 + 2 * 100  # step 5 is in no checkpoint
+    assert trained.seconds == trained.seconds_before + 10 + 8 + 4 * 100
+    assert trained.peak_bytes == 7
+    undisturbed = launch.run(replace(job, out=str(tmp_path / "other")), settings)
+    assert (undisturbed.seconds, undisturbed.seconds_before) == (10 + 12 + 6 * 100, 0)
+    assert (trained.curve, trained.steps, trained.tokens) == (undisturbed.curve, STEPS, undisturbed.tokens)
+
+    # Stopped once more, before the journal had it: only copying is left to do.
+    finished = launch.run(job, settings)
+    assert (finished.seconds, finished.seconds_before) == (trained.seconds, trained.seconds)
+    assert (finished.peak_bytes, finished.curve) == (7, trained.curve)
 
 
 def test_an_optimizer_on_other_parameters_does_not_begin() -> None:

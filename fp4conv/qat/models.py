@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from fp4conv.commands.convert import peak_rss_bytes
 from fp4conv.errors import PlanError, SourceError
 from fp4conv.families import SCOPES
 from fp4conv.qat.placing import device_map, room, run_where_they_lie
@@ -152,19 +152,17 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-@contextmanager
-def peak_memory() -> Iterator[dict[str, int]]:
-    """Fills in `bytes` at the end: the most that was held on the GPU inside, or else by this process so far."""
-    import resource
-
-    found: dict[str, int] = {}
+def forget_peak() -> None:
+    """Let `peak_bytes` begin anew, where the device can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    yield found
+
+
+def peak_bytes() -> int:
+    """The most that was held on the GPU since `forget_peak`, or without one by this process since it began."""
     if torch.cuda.is_available():
-        found["bytes"] = int(torch.cuda.max_memory_allocated())
-    else:
-        found["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(torch.cuda.max_memory_allocated())
+    return peak_rss_bytes()
 
 
 def training_bytes(parameters: int, settings: Settings) -> int:

@@ -72,16 +72,22 @@ class Done:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each step took."""
+        """What each step took, in every process that had a part in what it left."""
         found = {step: facts["seconds"] for step, facts in self.journal.finished.items() if step != INPUTS}
         return {step: float(seconds) for step, seconds in found.items() if isinstance(seconds, (int, float))}
 
     def once(self, step: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:
-        """The facts that `work` gave when `step` was done, now or in an earlier run."""
+        """The facts that `work` gave when `step` was done, now or in an earlier run, and `seconds`.
+
+        Of a step that goes on inside itself `work` gives `seconds_before`, which an earlier run spent on it.
+        """
         if step in self.journal.finished:
             return self.journal.finished[step]
         started = time.monotonic()
-        made = {**work(), "seconds": time.monotonic() - started}
+        made = dict(work())
+        before = made.get("seconds_before", 0.0)
+        assert isinstance(before, float), "seconds are no whole number"
+        made["seconds"] = before + time.monotonic() - started
         facts: dict[str, JSON] = json.loads(json.dumps(made))  # as a later run will read it
         self.journal.append_done([(step, facts)])
         self.journal.finished[step] = facts

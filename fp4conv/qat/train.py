@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +19,12 @@ from fp4conv.qat.adamw import Float32AdamW
 from fp4conv.qat.adapters import with_adapters
 from fp4conv.qat.data import Data, load_data
 from fp4conv.qat.divergence import check_finite, divergence
-from fp4conv.qat.models import distributed, load_model, load_tokenizer, peak_memory, quiet
+from fp4conv.qat.models import distributed, forget_peak, load_model, load_tokenizer, peak_bytes, quiet
 from fp4conv.qat.progress import progress
 from fp4conv.qat.quantising import backend_of
 from fp4conv.qat.schedule import schedule_options
 from fp4conv.qat.sharing import OptimizerCheck, tell_apart
+from fp4conv.qat.spent import Spent, SpentMeter, spent_of
 
 if TYPE_CHECKING:
     import transformers
@@ -56,13 +57,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """`curve`: (optimizer step, training loss, in nats). `tokens` were seen, padding left out, over all processes."""
+    """`curve`: (optimizer step, training loss, in nats). `tokens` were seen, padding left out, over all processes.
+
+    `seconds`, `peak_bytes`: as `spent` counts them; `seconds_before` of them in processes that were stopped.
+    """
 
     curve: tuple[tuple[int, float], ...]
     steps: int
     tokens: int
     seconds: float
     peak_bytes: int
+    seconds_before: float = 0.0
 
 
 def finish(job: Job) -> Trained | None:
@@ -71,20 +76,15 @@ def finish(job: Job) -> Trained | None:
     The trainer cannot be asked: it looks how many steps there are only after one more.
     """
     last = _last_checkpoint(Path(job.out))
-    state = json.loads((Path(last) / TRAINER_STATE).read_bytes()) if last else {}
+    state = _trainer_state(last) if last else {}
     if last is None or state["global_step"] < state["max_steps"]:
         return None
-    started = time.monotonic()
+    started, before = time.monotonic(), spent_of(state)
     saved = Path(job.out) / SAVED
     shutil.rmtree(saved, ignore_errors=True)
     shutil.copytree(last, saved, ignore=shutil.ignore_patterns(*_ONLY_TO_GO_ON))
-    return Trained(
-        curve=_curve(state["log_history"]),
-        steps=int(state["global_step"]),
-        tokens=int(state["num_input_tokens_seen"]),
-        seconds=time.monotonic() - started,
-        peak_bytes=0,
-    )
+    spent = Spent(before.seconds + time.monotonic() - started, before.peak_bytes)
+    return _trained(state["log_history"], state["global_step"], state["num_input_tokens_seen"], spent, before)
 
 
 def train(job: Job, settings: Settings) -> Trained:
@@ -93,23 +93,25 @@ def train(job: Job, settings: Settings) -> Trained:
     quiet()
     tokenizer = load_tokenizer(Path(job.source))
     data = load_data(settings, tokenizer)
-    with peak_memory() as peak:
-        trainer = _trainer(job, settings, tokenizer, data)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(Path(job.out)))
-        if not distributed():  # where a parameter is in one piece
-            check_finite(trainer.model, job.kind)
-        trainer.save_model(str(Path(job.out) / SAVED))
+    last = _last_checkpoint(Path(job.out))
+    before = spent_of(_trainer_state(last)) if last else Spent()
+    forget_peak()
+    trainer = _trainer(job, settings, tokenizer, data)
+    meter = SpentMeter(before, started, peak_bytes)
+    trainer.add_callback(meter)
+    trainer.train(resume_from_checkpoint=last)
+    if not distributed():  # where a parameter is in one piece
+        check_finite(trainer.model, job.kind)
+    trainer.save_model(str(Path(job.out) / SAVED))
     state = trainer.state
-    trained = Trained(
-        curve=_curve(state.log_history),
-        steps=int(state.global_step),
-        tokens=int(state.num_input_tokens_seen),
-        seconds=time.monotonic() - started,
-        peak_bytes=peak["bytes"],
-    )
+    trained = _trained(state.log_history, state.global_step, state.num_input_tokens_seen, meter.now(), before)
     if trainer.is_world_process_zero():
         (Path(job.out) / RESULT).write_text(json.dumps(asdict(trained)), encoding="utf-8")
     return trained
+
+
+def _trained(history: list[dict[str, float]], steps: int, tokens: int, spent: Spent, before: Spent) -> Trained:
+    return Trained(_curve(history), int(steps), int(tokens), spent.seconds, spent.peak_bytes, before.seconds)
 
 
 def _curve(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
@@ -233,10 +235,15 @@ def _last_checkpoint(out: Path) -> str | None:
 def _is_whole(checkpoint: Path) -> bool:
     """trainer_state.json is the last file that the trainer writes of a checkpoint."""
     try:
-        json.loads((checkpoint / TRAINER_STATE).read_bytes())
+        _trainer_state(checkpoint)
     except (OSError, ValueError):
         return False
     return True
+
+
+def _trainer_state(checkpoint: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(checkpoint) / TRAINER_STATE).read_bytes())
+    return found
 
 
 def read_result(out: Path) -> Trained:
@@ -248,4 +255,5 @@ def read_result(out: Path) -> Trained:
         int(found["tokens"]),
         float(found["seconds"]),
         int(found["peak_bytes"]),
+        float(found["seconds_before"]),
     )

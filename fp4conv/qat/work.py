@@ -153,6 +153,7 @@ def _trained(facts: Mapping[str, JSON]) -> Trained:
         int(numbers["tokens"]),
         numbers["seconds"],
         int(numbers["peak_bytes"]),
+        _number(facts.get("seconds_before", 0.0)),
     )
 
 
