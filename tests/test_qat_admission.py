@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models by family, and gpt-oss in MXFP4 and Llama in NVFP4, which a run decodes first."""
     root = tmp_path_factory.mktemp("models")
     write_task(root / "data", TASK)
-    for family in ("gpt-oss", "llama"):
+    for family in ("gpt-oss", "llama", "qwen3-moe"):
         write_model(root / family, TASK, family=family)
     fp4conv.convert(root / "gpt-oss", root / "gpt-oss-mxfp4", to="mxfp4")
     fp4conv.convert(root / "llama", root / "llama-nvfp4", to="nvfp4")
@@ -57,7 +59,7 @@ def check(root: Path, model: str, **options: object) -> None:
     Work(settings_from({**given, "output": "none", **options}), None, {}).check()
 
 
-@pytest.mark.parametrize("model", ["gpt-oss", "llama", "gpt-oss-mxfp4", "llama-nvfp4"])
+@pytest.mark.parametrize("model", ["gpt-oss", "llama", "qwen3-moe", "gpt-oss-mxfp4", "llama-nvfp4"])
 @pytest.mark.parametrize("format_name", ["mxfp4", "nvfp4"])
 def test_models_that_can_be_trained_pass_in_any_format(models: Path, model: str, format_name: str) -> None:
     check(models, model, format=format_name)
@@ -212,22 +214,63 @@ def test_what_training_takes_at_the_least(monkeypatch: pytest.MonkeyPatch, model
     check_memory(model, replace(settings, sharding="zero3"))
 
 
+def with_tensors(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the checkpoint in `folder` whose tensors `change` has changed."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def with_another(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: torch.zeros(2, 2)})
+
+
 @pytest.mark.parametrize(
-    ("taken", "added", "message"),
+    ("change", "message"),
     [
-        ("lm_head.weight", None, r"^lm_head\.weight .*random values"),
-        (None, "model.layers.7.mtp.weight", r"^model\.layers\.7\.mtp\.weight .*it would be lost"),
+        (without("lm_head.weight"), r"^lm_head\.weight .*random values"),
+        (with_another("model.layers.7.mtp.weight"), r"^model\.layers\.7\.mtp\.weight .*it would be lost"),
     ],
 )
 def test_tensors_that_transformers_makes_up_or_passes_over(
-    models: Path, tmp_path: Path, taken: str | None, added: str | None, message: str
+    models: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
-    shutil.copytree(models / "llama", tmp_path / "llama")
-    file = tmp_path / "llama" / "model.safetensors"
-    tensors = {name: value for name, value in load_file(file).items() if name != taken}
-    if added is not None:
-        tensors[added] = torch.zeros(2, 2)
-    save_file(tensors, file, metadata={"format": "pt"})
+    """Where a lone process loads the model, and before, with nothing but names: so that several need not compare."""
+    with_tensors(models / "llama", tmp_path / "llama", change)
     with pytest.raises(Fp4convError, match=message):
         load_model(tmp_path / "llama", settings_from({"format": "mxfp4"}))
     load_model(models / "llama", settings_from({"format": "mxfp4"}))
+    with pytest.raises(Fp4convError, match=message):
+        check(tmp_path, "llama", dataset=str(models / "data"))
+
+
+def test_a_head_that_is_the_embedding_need_not_be_there(models: Path, tmp_path: Path) -> None:
+    changed(models, tmp_path / "tied", "config.json", tie_word_embeddings=True)
+    with_tensors(tmp_path / "tied", tmp_path / "headless", without("lm_head.weight"))
+    check(tmp_path, "headless", dataset=str(models / "data"))
+
+
+def test_they_are_found_of_a_model_that_is_decoded_first(models: Path, tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+    with_tensors(models / "gpt-oss-mxfp4", tmp_path / "gpt-oss", without(norm))
+    with pytest.raises(Fp4convError, match=rf"^{re.escape(norm)} .*random values"):
+        check(tmp_path, "gpt-oss", dataset=str(models / "data"))
+
+
+def test_a_tensor_of_another_shape_than_the_config_says(models: Path, tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+    with_tensors(models / "llama", tmp_path / "llama", with_another(norm))
+    with pytest.raises(Fp4convError, match=rf"^{re.escape(norm)} .*: has shape \[2, 2\], expected \[32\] \(one of 1\)"):
+        check(tmp_path, "llama", dataset=str(models / "data"))
+
+
+def test_a_process_in_which_modelopt_has_trained_checks_the_next_model_too(models: Path) -> None:
+    """Its trainer does this for good: transformers' way to load a model is its own from then on."""
+    pytest.importorskip("modelopt.torch.opt").enable_huggingface_checkpointing()
+    check(models, "llama")

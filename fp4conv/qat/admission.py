@@ -19,11 +19,11 @@ from fp4conv.formats import NVFP4
 from fp4conv.model import FLOAT_DTYPES, Model, Stored, Weight
 from fp4conv.planner import Options, make_plan
 from fp4conv.qat.adapters import targets_of
-from fp4conv.qat.models import attention_of, empty_model, parsed, spread
+from fp4conv.qat.models import attention_of, check_tensors, empty_model, parsed, spread
 from fp4conv.qat.placing import device_map, room
 from fp4conv.qat.quantising import recipe_of
 from fp4conv.qat.recipes import SCHEMES
-from fp4conv.qat.steps import dense_format, selection
+from fp4conv.qat.steps import dense_format, needs_upcast, selection
 from fp4conv.qat.targets import Target, checkpoint_modules, choose
 from fp4conv.safetensors_io import TensorRef, TensorSpec
 from fp4conv.selection import Selection
@@ -101,7 +101,8 @@ def check_packing(model: transformers.PreTrainedModel, settings: Settings) -> No
 
 def check_model(source: Path, settings: Settings, data: Data) -> None:
     """Raise what loading, training, LoRA and the export would of the model in `source`, in whatever format it is."""
-    model = checked_model(source, settings)
+    model, checkpoint = checked_model(source, settings), parsed(source)
+    check_tensors(model, _as_loaded(checkpoint, settings), source)
     check_vocabulary(model, (*data.train, *data.test), settings)
     check_packing(model, settings)
     if spread(settings):
@@ -111,7 +112,6 @@ def check_model(source: Path, settings: Settings, data: Data) -> None:
     if settings.backend == "modelopt" and settings.quant_cfg is not None:
         return
     chosen = choose(model, recipe_of(settings))
-    checkpoint = parsed(source)
     _check_names(chosen, checkpoint)
     taken = selection(checkpoint, tuple(target.weight for target in chosen))
     make_plan(
@@ -123,6 +123,13 @@ def check_model(source: Path, settings: Settings, data: Data) -> None:
             hints=False,
         ),
     )
+
+
+def _as_loaded(checkpoint: Model, settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that transformers will find, once the checkpoint is decoded where it must be."""
+    if needs_upcast(checkpoint, settings):
+        return {weight.name: weight.shape for weight in checkpoint.weights}
+    return {name: ref.spec.shape for name, ref in checkpoint.source.tensors.items()}
 
 
 def checked_model(source: Path, settings: Settings) -> transformers.PreTrainedModel:

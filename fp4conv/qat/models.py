@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
-from collections.abc import Collection, Mapping
+import types
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -94,6 +96,41 @@ def check_loaded(found: Mapping[str, Collection[str]], folder: Path) -> None:
                 where=f"{names[0]} ({folder})",
                 hint="look at the checkpoint with fp4conv verify; another release of transformers may know the model",
             )
+
+
+def check_tensors(model: transformers.PreTrainedModel, tensors: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """SourceError for what `load_model` would not find in a dense checkpoint, or would find of another shape.
+
+    `model`: made without values. `tensors`: name -> shape, as the checkpoint has them. transformers loads tensors
+    without values in their place, so that it renames and joins them as it will.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        state = {name: torch.empty(shape, dtype=model.dtype) for name, shape in tensors.items()}
+    _, found = _own_loader(type(model))(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=model.dtype,
+        device_map={"": "meta"},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    check_loaded(found, folder)
+    for name, stored, expected in sorted(found.get("mismatched_keys", ())):
+        raise SourceError(
+            f"has shape {list(stored)}, expected {list(expected)} (one of {len(found['mismatched_keys'])})",
+            where=f"{name} ({folder})",
+            hint="config.json is that of another model, or the checkpoint is damaged: look with fp4conv verify",
+        )
+
+
+def _own_loader(kind: type[transformers.PreTrainedModel]) -> Callable[..., Any]:
+    """transformers' own `from_pretrained`: over it ModelOpt's trainer lays one that wants a folder."""
+    kept = getattr(kind, "_modelopt_cache", {}).get("from_pretrained")
+    return kind.from_pretrained if kept is None else types.MethodType(kept.__func__, kind)
 
 
 def attention_of(config: transformers.PreTrainedConfig, settings: Settings) -> str | None:
