@@ -127,7 +127,10 @@ def _stored(model: Model) -> dict[str, Origin]:
 
 
 def _from_amax(modules: Sequence[str], amax: Mapping[str, float]) -> dict[str, Origin]:
+    """None of a file with the KV cache's alone: activations stay unquantised."""
     given = {name.removesuffix(_INPUT_AMAX): value for name, value in amax.items() if name.endswith(_INPUT_AMAX)}
+    if amax and not given:
+        return {}
     largest: dict[str, float] = {}
     for module in modules:
         if module not in given:
@@ -166,23 +169,28 @@ def kv_scale_parts(
     model: Model, wanted: InputScales, layout: Layout, fate: str = LEFT_OUT
 ) -> tuple[list[tuple[Part, Origin]], list[str]]:
     """The FP8 KV-cache scales that come along: stored ones, or from the file's k_amax and v_amax."""
+    found = _kv_scales(model, wanted)
+    if found and not layout.kv_scales:
+        return [], [f"{len(found)} FP8 KV-cache scales {fate}: the {layout.name} layout has no place for them"]
+    return found, []
+
+
+def _kv_scales(model: Model, wanted: InputScales) -> list[tuple[Part, Origin]]:
+    """From the file, else from the amax that training froze, else as stored."""
     scalar = TensorSpec("F32", ())
+    if wanted.mode is InputScaleMode.FILE and wanted.amax:
+        return [
+            (Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value))
+            for name, value in wanted.amax.items()
+            for suffix, scale in _KV.items()
+            if name.endswith(suffix)
+        ]
+    if model.trained_kv and wanted.mode is not InputScaleMode.NONE:
+        return [
+            (Part("kv_scale", name, scalar), ScaleOf((ref,), E4M3.max_value)) for name, ref in model.trained_kv.items()
+        ]
     stored = [ref for name, ref in model.calibration.items() if name.endswith(tuple(_KV.values()))]
-    if wanted.mode is InputScaleMode.FILE and wanted.amax and layout.kv_scales:
-        made: list[tuple[Part, Origin]] = []
-        for name, value in wanted.amax.items():
-            for suffix, scale in _KV.items():
-                if name.endswith(suffix):
-                    made.append(
-                        (Part("kv_scale", name.removesuffix(suffix) + scale, scalar), _f32(value / E4M3.max_value))
-                    )
-        return made, []
-    from_training = [(name, ScaleOf((ref,), E4M3.max_value)) for name, ref in model.trained_kv.items()]
-    if from_training and layout.kv_scales and wanted.mode is not InputScaleMode.NONE:
-        return [(Part("kv_scale", name, scalar), scale) for name, scale in from_training], []
-    if stored and not layout.kv_scales:
-        return [], [f"{len(stored)} FP8 KV-cache scales {fate}: the {layout.name} layout has no place for them"]
-    return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored], []
+    return [(Part("kv_scale", ref.name, ref.spec), ref) for ref in stored]
 
 
 def _module(input_scale_name: str) -> str:

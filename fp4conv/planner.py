@@ -13,7 +13,7 @@ from math import gcd
 
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
-from fp4conv.families import EXCLUDED, IN_OUT_MODEL_TYPES, Role, natural_key, shared_set_of
+from fp4conv.families import EXCLUDED, IN_OUT_MODEL_TYPES, Family, Role, natural_key, shared_set_of
 from fp4conv.formats import BLOCK_FORMATS, DENSE_FORMATS, MXFP4, NVFP4, TARGETS, BlockFormat, ScaleRule, Ties
 from fp4conv.hints.keeping import Beside, with_hints, with_room
 from fp4conv.hints.reading import read_hints
@@ -160,13 +160,7 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
     target = BLOCK_FORMATS.get(options.to)
     if target is None and options.to not in DENSE_FORMATS:
         raise UsageError(f"--to {options.to!r} is none of {', '.join(TARGETS)}")
-    layout = layout_named(options.layout) if options.layout else default_layout(options.to, model.family)
-    if (target.name if target else None) not in (layout.formats or (None,)):
-        fitting = default_layout(options.to, model.family).name
-        raise PlanError(
-            f"the {layout.name} layout does not hold {options.to}",
-            hint=f"leave --layout out, or use --layout {fitting}",
-        )
+    layout = layout_for(options.to, options.layout, model.family)
     if target is None:
         if options.rule is not None:
             raise UsageError(f"--scale-rule chooses scales of four-bit formats; --to {options.to} has none")
@@ -178,6 +172,17 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
         choices = ", ".join(choice.value for choice in target.rules)
         raise UsageError(f"--scale-rule {rule.value} is not a rule of {target.name}; choose one of {choices}")
     return target, layout, rule
+
+
+def layout_for(to: str, name: str | None, family: Family) -> Layout:
+    """The layout of a result in `to`, by its `name` or (None) by default. PlanError where it does not hold `to`."""
+    layout, target = layout_named(name) if name else default_layout(to, family), BLOCK_FORMATS.get(to)
+    if (target.name if target else None) not in (layout.formats or (None,)):
+        raise PlanError(
+            f"the {layout.name} layout does not hold {to}",
+            hint=f"leave --layout out, or use --layout {default_layout(to, family).name}",
+        )
+    return layout
 
 
 # ---- one weight

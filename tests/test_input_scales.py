@@ -167,6 +167,19 @@ def test_file_brings_kv_scales(reference: Reference, tmp_path: Path) -> None:
     assert separate["kv_cache_quant_algo"] == "FP8"
 
 
+def test_a_file_of_kv_scales_alone_leaves_activations_as_they_are(reference: Reference, tmp_path: Path) -> None:
+    """And a layout without a place for them says so."""
+    source, names = reference("llama-bf16"), {f"{LAYER}.self_attn.{kind}_proj.{kind}_amax": 448.0 for kind in "kv"}
+    file = amax_file(tmp_path / "amax.safetensors", names)
+    fp4conv.convert(source, tmp_path / "out", to="nvfp4", input_scales=file)
+    assert array_of(read_raw(tmp_path / "out")[f"{LAYER}.self_attn.v_proj.v_scale"]) == 1
+    assert scales(tmp_path / "out") == {}
+    assert algorithms(tmp_path / "out") == ("W4A16_NVFP4", "W4A16_NVFP4", False)
+    result = fp4conv.convert(source, tmp_path / "other", to="nvfp4", layout="compressed-tensors", input_scales=file)
+    assert any("2 FP8 KV-cache scales are left out: the compressed-tensors layout" in each for each in result.warnings)
+    assert not any(name.endswith(("k_scale", "v_scale")) for name in read_raw(tmp_path / "other"))
+
+
 ALL = {f"{LAYER}.mlp.down_proj.input_amax": 1.0}
 BAD_FILES: dict[str, tuple[dict[str, object], type[Fp4convError], str]] = {
     "a module is missing": ({f"{LAYER}.mlp.other.input_amax": 1.0}, PlanError, "down_proj.input_amax"),

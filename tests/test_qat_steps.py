@@ -28,6 +28,7 @@ from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.models import parsed
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
+from fp4conv.qat.work import Work
 
 TASK = Task(rules=2, prime=5)
 SETTINGS: Mapping[str, object] = {
@@ -174,6 +175,67 @@ def test_a_conversion_that_was_killed_is_begun_anew_when_its_source_was_written_
         steps.quantise(tmp_path / "model", places.ptq / "mxfp4", "mxfp4", settings, chosen=chosen)
         scoring._loaded_again(places.ptq / "mxfp4")
     assert (target / "config.json").is_file() or place == "ptq/mxfp4-dense"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "inputs", "cast"),
+    [
+        ("general/ptq/nvfp4_default-kv_fp8", True, False),
+        ("general/ptq/nvfp4_default-kv_fp8_cast", True, True),
+        ("general/ptq/nvfp4_weight_only-kv_fp8_cast", False, True),
+    ],
+)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_an_export_without_qat_has_the_scales_of_the_kv_cache(
+    tmp_path: Path, recipe: str, inputs: bool, cast: bool
+) -> None:
+    """Values go into the cache as v_proj gives them: torch's hooks see the largest. What is cast has a scale of 1."""
+    write_model(tmp_path / "model", TASK, family="llama")
+    texts = [" ".join(map(str, range(1, 2 + i % 4))) for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    here = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl"), "skip": "qat"}
+    settings = settings_from(SETTINGS, here, {"backend": "modelopt", "quant_cfg": recipe})
+    places = steps.Places(tmp_path / "out")
+    found = steps.calibrate(tmp_path / "model", places, settings)
+    steps.export(tmp_path / "model", places, settings, found.names)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    seen: list[float] = []
+    model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda *at: seen.append(float(at[2].abs().max())))
+    tokenizer = tokenizer_for(TASK.words())
+    with torch.no_grad():
+        for text in set(texts):
+            model(torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]))
+    tensors = load_file(places.export / "model.safetensors")
+    value = tensors["model.layers.1.self_attn.v_proj.v_scale"].item()
+    assert value == pytest.approx(1.0 if cast else max(seen) / 448, rel=1e-6)
+    scales = {name.rpartition(".")[2] for name in tensors if name.endswith("_scale")}
+    assert scales == {"weight_scale", "k_scale", "v_scale", *(["input_scale"] if inputs else [])}
+    config = json.loads((places.export / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layout": "compressed-tensors"}, "the compressed-tensors layout has no place for its scales"),
+        ({"layout": "none"}, "there is no layout 'none'"),
+        ({"skip": "calibrate"}, "whose scales calibration finds"),
+    ],
+)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_a_kv_cache_that_could_not_be_exported_is_refused_before_anything_is_trained(
+    tmp_path: Path, settings: Mapping[str, object], message: str
+) -> None:
+    write_model(tmp_path / "model", TASK, family="llama")
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2"}\n' * 4)
+    here = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl"), "output": str(tmp_path / "out")}
+    recipe = {"backend": "modelopt", "quant_cfg": "general/ptq/nvfp4_default-kv_fp8"}
+    with pytest.raises(Fp4convError, match=message):
+        Work(settings_from(SETTINGS, here, recipe, settings), None, {}).check()
+    Work(settings_from(SETTINGS, here, recipe), None, {}).check()
+    cast = {"skip": "calibrate", "quant_cfg": "general/ptq/nvfp4_weight_only-kv_fp8_cast"}
+    Work(settings_from(SETTINGS, here, recipe, cast), None, {}).check()
 
 
 # ---- what the forward pass goes through

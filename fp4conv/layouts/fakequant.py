@@ -50,9 +50,9 @@ def attach_training(model: Model, source: Source) -> Model:
     _refuse_altered(state.values())
     trained = _trained(model, state, buffers)
     kv = {
-        f"{found['attention']}.{found['letter']}_proj.{found['letter']}_scale": ref
+        f"{kept}_scale": ref
         for name, ref in buffers.items()
-        if (found := _KV_QUANTIZER.fullmatch(name)) and (name not in state or state[name].enabled)
+        if (kept := kv_target(name)) and (name not in state or state[name].enabled)
     }
     return replace(
         model, trained=trained, trained_kv=kv, warnings=(*model.warnings, *_notes(has_state, buffers, state))
@@ -148,6 +148,12 @@ def _trained(model: Model, state: Mapping[str, Quantizer], buffers: Mapping[str,
 def input_targets(quantizer: str, names: set[str]) -> Iterator[str]:
     """The weights of `names` whose inputs go through `quantizer`, as training names it; none where it is of weights."""
     return _targets(quantizer.removeprefix("module."), "input", names)
+
+
+def kv_target(quantizer: str) -> str | None:
+    """'<attention>.k_proj.k' of a quantiser of the KV cache, whose scale is '..._scale'; None for any other."""
+    found = _KV_QUANTIZER.fullmatch(quantizer)
+    return f"{found['attention']}.{found['letter']}_proj.{found['letter']}" if found else None
 
 
 def _targets(quantizer: str, kind: str, names: set[str]) -> Iterator[str]:

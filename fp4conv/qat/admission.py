@@ -17,8 +17,9 @@ import torch
 from fp4conv.errors import PlanError, SourceError, UsageError
 from fp4conv.formats import NVFP4
 from fp4conv.model import FLOAT_DTYPES, Model, Stored, Weight
-from fp4conv.planner import Options, make_plan
+from fp4conv.planner import Options, layout_for, make_plan
 from fp4conv.qat.adapters import targets_of
+from fp4conv.qat.modelopt_recipes import kv_cache_of, needs_examples
 from fp4conv.qat.models import attention_of, check_tensors, empty_model, parsed, spread
 from fp4conv.qat.placing import device_map, room
 from fp4conv.qat.quantising import recipe_of
@@ -31,6 +32,7 @@ from fp4conv.selection import Selection
 if TYPE_CHECKING:
     import transformers
 
+    from fp4conv.layouts import Layout
     from fp4conv.qat.data import Data, Example
     from fp4conv.qat.settings import Settings
 
@@ -39,11 +41,16 @@ _MASKS_NO_PACKS = frozenset({"gpt_oss"})
 
 
 def check_skipped(settings: Settings) -> None:
-    """UsageError where inputs are quantised in NVFP4, and nothing says how far they reach."""
-    scheme = SCHEMES.get((settings.quant_cfg or "").removesuffix(".yaml").removesuffix(".yml"))
-    if "calibrate" in settings.skip and settings.format == NVFP4.name and scheme is not None and scheme.inputs:
+    """UsageError where the recipe has scales that only examples can tell, and calibration is skipped."""
+    if "calibrate" not in settings.skip or settings.quant_cfg is None:
+        return
+    recipe = recipe_of(settings)
+    scheme = SCHEMES.get(settings.quant_cfg.removesuffix(".yaml").removesuffix(".yml"))
+    known = settings.format == NVFP4.name and scheme is not None and scheme.inputs
+    if known or (settings.backend == "modelopt" and needs_examples(recipe)):
         raise UsageError(
-            f"--skip calibrate, but {settings.quant_cfg} quantises inputs, whose scales calibration finds",
+            f"--skip calibrate, but {settings.quant_cfg} quantises inputs or the KV cache, whose scales calibration "
+            "finds",
             hint="calibrate, or train weights only: leave --quant-cfg out",
         )
 
@@ -109,7 +116,9 @@ def check_model(source: Path, settings: Settings, data: Data) -> None:
         device_map(model, getattr(torch, settings.dtype), room(settings.gpus, free=False))
     if settings.lora:
         targets_of(model, settings, ())
+    layout = layout_for(str(settings.format), settings.layout, checkpoint.family)
     if settings.backend == "modelopt" and settings.quant_cfg is not None:
+        _check_kv_cache(layout, settings)
         return
     chosen = choose(model, recipe_of(settings))
     _check_names(chosen, checkpoint)
@@ -123,6 +132,16 @@ def check_model(source: Path, settings: Settings, data: Data) -> None:
             hints=False,
         ),
     )
+
+
+def _check_kv_cache(layout: Layout, settings: Settings) -> None:
+    """PlanError where training would quantise a KV cache whose scales the export has no place for."""
+    if not layout.kv_scales and kv_cache_of(recipe_of(settings)) is not None:
+        raise PlanError(
+            f"{settings.quant_cfg} quantises the KV cache, and the {layout.name} layout has no place for its scales",
+            where=str(settings.model),
+            hint="--format nvfp4 with --layout modelopt has one; or choose a --quant-cfg without a KV cache",
+        )
 
 
 def _as_loaded(checkpoint: Model, settings: Settings) -> dict[str, tuple[int, ...]]:

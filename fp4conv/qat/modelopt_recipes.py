@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from fp4conv.errors import UsageError
@@ -46,6 +47,33 @@ def entries_of(recipe: Recipe) -> list[Config]:
     # 'X.weight_quantizer' of a module, 'P_weight_quantizer' of a parameter.
     left_out = [f"*{glob}{sign}*" for glob in recipe.exclude for sign in "._"]
     return [*listed, *({"quantizer_name": name, "enable": False} for name in left_out)]
+
+
+def kv_cache_of(recipe: Recipe) -> Config | None:
+    """How the recipe quantises the KV cache; None where it does not."""
+    return _last_of(entries_of(recipe), "model.layers.0.self_attn.k_bmm_quantizer")
+
+
+def needs_examples(recipe: Recipe) -> bool:
+    """Whether calibration has to see examples: for scales of inputs, or of a KV cache that is not just cast."""
+    kv_cache = kv_cache_of(recipe)
+    if kv_cache is not None and not kv_cache.get("use_constant_amax"):
+        return True
+    return recipe.format_name == NVFP4.name and any(
+        "input_quantizer" in str(entry.get("quantizer_name")) and isinstance(entry.get("cfg"), dict)
+        for entry in entries_of(recipe)
+    )
+
+
+def _last_of(entries: list[Config], quantizer: str) -> Config | None:
+    """What the last entry that names `quantizer` gives it; None where that turns it off."""
+    found: Config | None = None
+    for entry in entries:
+        if "parent_class" not in entry and fnmatchcase(quantizer, str(entry.get("quantizer_name"))):
+            facts = entry.get("cfg")
+            on = entry.get("enable", isinstance(facts, dict))
+            found = facts if on and isinstance(facts, dict) else found if on else None
+    return found
 
 
 def _named(name: str) -> Config:

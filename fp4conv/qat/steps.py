@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from fp4conv.commands.convert import convert
 from fp4conv.companions import companion_files
 from fp4conv.errors import PlanError, UsageError
-from fp4conv.layouts.fakequant import input_targets
+from fp4conv.layouts.fakequant import input_targets, kv_target
 from fp4conv.model import Stored
 from fp4conv.qat import launch
 from fp4conv.qat.backend import Batch
@@ -203,15 +203,16 @@ def export(source: Path, places: Places, settings: Settings, names: tuple[str, .
 
 
 def _input_scales(source: Path, places: Places) -> str:
-    """The file of what calibration saw of inputs, for `convert`; 'stored', which is none, where it saw nothing."""
-    quantizers, amax = read_state(places.quantizers)
+    """The file of what calibration saw of inputs and of the KV cache, for `convert`; 'stored', where it saw nothing."""
+    quantizers, buffers = read_state(places.quantizers)
+    amax = {name: np.asarray(buffers[f"{name}._amax"]).reshape(()) for name in quantizers if f"{name}._amax" in buffers}
     modules = {weight.name: weight.module for weight in parsed(source).weights}
     found = {
-        f"{modules[weight]}.input_amax": np.asarray(amax[f"{name}._amax"], np.float32).reshape(())
-        for name in quantizers
-        if f"{name}._amax" in amax
+        f"{modules[weight]}.input_amax": value
+        for name, value in amax.items()
         for weight in input_targets(name, set(modules))
     }
+    found |= {f"{kept}_amax": value for name, value in amax.items() if (kept := kv_target(name))}
     if not found:
         return "stored"
     file = places.quantizers / "inputs.safetensors"
