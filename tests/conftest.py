@@ -41,6 +41,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.fixture
+def data_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """`hub`, to which the datasets library is turned too; its cache is empty."""
+    config = pytest.importorskip("datasets.config")
+    monkeypatch.setattr(config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    return hub
+
+
 @pytest.fixture(scope="session")
 def full_reference() -> Callable[[str], Path]:
     """`full_reference(name)`: the whole reference checkpoint; skips the test by name where it is not to be had."""

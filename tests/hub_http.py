@@ -465,16 +465,17 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, None, {})
 
 
-_R = r"(?P<repo>[\w.-]+/[\w.-]+)"
+_R = r"(?P<repo>(datasets/)?[\w.-]+/[\w.-]+)"  # a dataset is kept under its name with datasets/ before it
+_READ = rf"/api/(models/|(?=datasets/)){_R}"
 _ROUTES: tuple[tuple[str, Callable[..., None]], ...] = (
     (r"GET /api/whoami-v2", Handler.whoami),
     (r"POST /api/repos/create", Handler.create_repo),
     (r"POST /api/validate-yaml", Handler.validate_yaml),
-    (rf"GET /api/models/{_R}", Handler.model_info),
-    (rf"GET /api/models/{_R}/revision/(?P<revision>[^/]+)", Handler.model_info),
-    (rf"GET /api/models/{_R}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", Handler.tree),
-    (rf"POST /api/models/{_R}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
-    (rf"GET /api/models/{_R}/refs", Handler.refs),
+    (rf"GET {_READ}", Handler.model_info),
+    (rf"GET {_READ}/revision/(?P<revision>[^/]+)", Handler.model_info),
+    (rf"GET {_READ}/tree/(?P<revision>[^/]+)(/(?P<folder>.*))?", Handler.tree),
+    (rf"POST {_READ}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+    (rf"GET {_READ}/refs", Handler.refs),
     (rf"GET /api/models/{_R}/commits/(?P<revision>[^/]+)", Handler.commits),
     (rf"POST /api/models/{_R}/preupload/(?P<revision>[^/]+)", Handler.preupload),
     (rf"POST /api/models/{_R}/commit/(?P<revision>[^/]+)", Handler.commit),

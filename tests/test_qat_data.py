@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 
 pytest.importorskip("trl")
 
 from fp4conv.errors import Fp4convError
 from fp4conv.qat.data import IGNORED, Data, held_out, load_data
+from fp4conv.qat.hub_data import pin_dataset
 from fp4conv.qat.made import Task, tokenizer_for, write_task
 from fp4conv.qat.settings import Settings, settings_from
 
@@ -177,29 +179,82 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         load(_folder(tmp_path), train_split="training")
 
 
-def test_a_dataset_of_the_hub_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
+# ---- of the Hub
 
-    made = {
-        "train": datasets.Dataset.from_list([{"text": "a"}] * 3),
-        "test": datasets.Dataset.from_list([{"text": "b"}]),
-    }
-    asked: list[tuple[object, ...]] = []
 
-    def load_dataset(*words: object) -> datasets.DatasetDict:
-        asked.append(words)
-        return datasets.DatasetDict(made)
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load(Path("org/name"), subset="small")
-    assert (len(data.train), data.test[0].ids, asked) == (3, ids("<s> b </s>"), [("org/name", "small")])
 
-    def fail(*_: object) -> None:
-        raise ConnectionError("no network")
+def texts(name: str, **options: object) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    data = load_data(settings_from({"dataset": name, **options}), TOKENIZER)
+    return {example.ids for example in data.train}, {example.ids for example in data.test}
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(Fp4convError, match="cannot be had from the Hub: ConnectionError: no network"):
-        load(Path("org/name"))
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+def test_a_dataset_of_the_hub_is_read_by_its_splits_at_the_revision_that_is_asked_for(data_hub: Hub) -> None:
+    card = "configs:\n- {config_name: a, data_files: a/*.jsonl}\n- {config_name: b, data_files: b/*.jsonl}\n"
+    files = {"a/train.jsonl": lines("a"), "a/test.jsonl": lines("b"), "b/train.jsonl": lines("c", "d")}
+    first = data_hub.add("datasets/owner/data-v1.0", {**files, "README.md": f"---\n{card}---\n".encode()})
+    data_hub.change("datasets/owner/data-v1.0", {"a/train.jsonl": lines("e")})
+    held_out = {ids("<s> b </s>")}
+    assert texts("owner/data-v1.0", subset="a") == ({ids("<s> e </s>")}, held_out)
+    assert texts("hf://datasets/owner/data-v1.0", subset="a") == ({ids("<s> e </s>")}, held_out)
+    assert texts(f"owner/data-v1.0@{first}", subset="a") == ({ids("<s> a </s>")}, held_out)
+    train, test = texts(f"owner/data-v1.0@{first}", subset="b")
+    assert train | test == {ids("<s> c </s>"), ids("<s> d </s>")}
+
+
+def test_the_commit_of_a_dataset_is_found_once(data_hub: Hub, tmp_path: Path) -> None:
+    first = data_hub.add("datasets/owner/data", {"train.jsonl": lines("a", "b")})
+    settings, pins = settings_from({"dataset": "owner/data"}), {"owner/tiny@main": "0" * 40}
+    pinned = pin_dataset(settings, pins)
+    assert pinned.dataset == f"owner/data@{first}"
+    assert pins == {"owner/tiny@main": "0" * 40, "datasets/owner/data@main": first}
+    second = data_hub.change("datasets/owner/data", {"train.jsonl": lines("c", "d")})
+    assert pin_dataset(settings, pins) == pinned
+    assert pin_dataset(settings, {}).dataset == f"owner/data@{second}"
+    here = settings_from({"dataset": str(write(tmp_path / "d.jsonl", {"text": "a"}))})
+    assert pin_dataset(here, {}) == here
+
+
+def test_another_commit_from_the_cache_is_not_taken_for_the_one_that_is_asked_for(
+    data_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The datasets library gives the newest copy that it has where the Hub does not answer."""
+    first = data_hub.add("datasets/owner/data", {"train.jsonl": lines("a", "b")})
+    texts("owner/data")
+    with monkeypatch.context() as patched:
+        offline(patched)
+        pins: dict[str, str] = {}
+        assert pin_dataset(settings_from({"dataset": "owner/data"}), pins).dataset == f"owner/data@{first}"
+        assert pins == {"datasets/owner/data@main": first}
+        texts(f"owner/data@{first}")
+    second = data_hub.change("datasets/owner/data", {"train.jsonl": lines("c", "d")})
+    texts("owner/data")
+    offline(monkeypatch)
+    with pytest.raises(Fp4convError, match=f"does not give its commit {first[:12]}, and the cache has {second[:12]}"):
+        texts(f"owner/data@{first}")
+
+
+def test_what_is_neither_here_nor_on_the_hub(data_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    data_hub.add("datasets/owner/data", {"train.jsonl": lines("a", "b")})
+    for name, message in {
+        "owner/none": "owner/none: is no file or folder, and cannot be had from the Hub: there is no such",
+        "owner/data@v9": "the repository has no such revision",
+        "owner/data/train": "there is no such file or folder\n  give a JSONL",
+        "owner/data.jsonl": "there is no such file or folder\n  give a JSONL",
+        "./data": "there is no such file or folder\n  give a JSONL",
+    }.items():
+        with pytest.raises(Fp4convError, match=message):
+            pin_dataset(settings_from({"dataset": name}), {})
+    offline(monkeypatch)
+    with pytest.raises(Fp4convError, match="cannot be had from the Hub: ConnectionError"):
+        pin_dataset(settings_from({"dataset": "owner/data"}), {})
 
 
 def test_a_split_in_several_files_is_read_whole(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,15 @@ def test_a_model_that_was_not_trained_on_quantisers_does_not_say_so() -> None:
     assert front(text)["tags"] == ["fp4conv", "nvfp4"]
     assert "# tiny, quantised to NVFP4" in text
     assert front(card(report()))["tags"] == ["fp4conv", "nvfp4", "qat"]
+
+
+def test_commits_of_the_hub_are_told() -> None:
+    pytest.importorskip("plotly")
+    commits = {"org/tiny@v1": "1" * 40, "datasets/org/rows@main": "2" * 40}
+    made = replace(report(model="org/tiny@v1", dataset="org/rows"), commits=commits)
+    for text in (card(made), page(made)):
+        assert f"model: org/tiny@v1, commit {'1' * 40}" in text
+        assert f"dataset: org/rows@main, commit {'2' * 40}" in text
+    assert front(card(made))["datasets"] == ["org/rows"]
+    assert made.to_json()["commits"] == commits
+    assert "datasets" not in front(card(report()))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ from fp4conv.qat.quantizers import FakeQuantizer
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
 from fp4conv.qat.settings_yaml import read_yaml, to_yaml
+from fp4conv.qat.work import Work
 
 TASK = Task(rules=4, prime=13, length=6, held_out=8)
 QUICK: Mapping[str, object] = {
@@ -398,8 +399,6 @@ def test_a_checkpoint_that_a_kill_left_half_is_not_gone_on_from(tmp_path: Path) 
 def test_a_model_on_the_hub_comes_down_without_what_is_not_read_and_stays_at_its_commit(
     hub: Hub, tmp_path: Path
 ) -> None:
-    from fp4conv.qat.work import Work
-
     make(tmp_path)
     commit = hub.add("owner/tiny", tmp_path / "model")
     hub.change("owner/tiny", {"original/model.safetensors": b"x", "metal/model.bin": b"x", "model.gguf": b"x"})
@@ -421,6 +420,26 @@ def test_a_model_on_the_hub_comes_down_without_what_is_not_read_and_stays_at_its
     later = Work(settings, lambda _: None, begun.pins)
     later.check()
     assert later._source == begun._source
+
+
+def test_a_dataset_of_the_hub_stays_at_its_commit(data_hub: Hub, tmp_path: Path, done: Run) -> None:
+    """All that reads it is told the commit, settings of other processes too; a run that goes on keeps to it."""
+    first = data_hub.add("datasets/owner/walks", done.root / "data")
+    words = command(tmp_path, format="mxfp4", sft_max_steps=1, dataset="owner/walks")
+    words = ("qat", str(done.root / "model"), *words[2:], "--skip", "qat", "--skip", "export", "--skip", "evaluate")
+    result = CliRunner().invoke(main, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    data_hub.change("datasets/owner/walks", {"train.jsonl": b'{"prompt": "w0", "completion": " 1"}\n' * 9})
+    again = CliRunner().invoke(main, [*words, "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads(result.stdout)
+    report = json.loads(result.stdout)
+    assert report["commits"] == {"datasets/owner/walks@main": first}
+    assert report["dataset"] == report["settings"]["dataset"] == "owner/walks"
+    settings = settings_from({**QUICK, "model": str(done.root / "model"), "dataset": "owner/walks", "format": "mxfp4"})
+    work = Work(replace(settings, output=str(tmp_path / "out")), None, {"datasets/owner/walks@main": first})
+    work.check()
+    assert work._settings.dataset == f"owner/walks@{first}"
 
 
 def weights(folder: Path) -> dict[str, bytes]:

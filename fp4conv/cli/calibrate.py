@@ -16,7 +16,8 @@ from fp4conv.cli.output import print_json
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--dataset", required=True, metavar="DATA",
-    help="JSONL, parquet, a folder of them, or a Hub id; with messages, prompt/completion or text.",
+    help="JSONL, parquet, a folder of them, or a Hub id, org/name[@revision]; with messages, prompt/completion or "
+    "text.",
 )  # fmt: skip
 @click.option("--output", required=True, metavar="FILE", help="The safetensors file to write.")
 @click.option("--calib-samples", type=click.IntRange(min=1), default=128, help="The first so many examples [128].")

@@ -55,6 +55,22 @@ def pin(name: HubName, commit: str | None = None) -> Pinned:
     return _pinned(name, info.sha, files)
 
 
+def dataset_commit(repo: str, revision: str) -> str | None:
+    """The commit that `revision` of the dataset `repo` stands for now; None with HF_HUB_OFFLINE.
+
+    One request. SourceError says what is wrong.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    with explained(f"datasets/{repo}", repo):
+        info = patiently(lambda: HfApi().dataset_info(repo, revision=revision), first=True)
+    if not is_commit(info.sha or ""):
+        raise SourceError(f"the Hub calls its commit {ascii(info.sha)[:100]}", where=repo, hint=_UNTRUSTED)
+    return info.sha
+
+
 def _pinned(name: HubName, commit: str, files: dict[str, RemoteFile]) -> Pinned:
     for path in files:
         if not stays_inside(path):

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +29,16 @@ if TYPE_CHECKING:
 
 REPORT_JSON, REPORT_HTML, CARD = "report.json", "report.html", "README.md"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "nvidia-modelopt")
+_DATASETS = "datasets/"  # before the name of a dataset on the Hub, where models are too
 _HEADS = ("model", "held-out loss", "right answers", "pass rate")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. `rows`: name -> (score, seconds). `training`: 'sft' and 'qat'. The rest: as the steps gave it."""
+    """What a run did. `rows`: name -> (score, seconds). `training`: 'sft' and 'qat'. The rest: as the steps gave it.
+
+    `commits`: of model and dataset on the Hub, by 'org/name@revision' and 'datasets/org/name@revision'.
+    """
 
     settings: Settings
     rows: Mapping[str, tuple[Score, float]]
@@ -44,6 +48,7 @@ class Report:
     seconds: Mapping[str, float]
     machine: str
     versions: Mapping[str, str]
+    commits: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, JSON]:
         rows: list[JSON] = [
@@ -66,6 +71,7 @@ class Report:
             "seconds": dict(self.seconds),
             "machine": self.machine,
             "versions": dict(self.versions),
+            "commits": dict(self.commits),
             "settings": self.settings.values(),
         }
 
@@ -85,7 +91,10 @@ class Report:
 
     def facts(self) -> list[str]:
         """What the table rests on, a sentence each."""
-        found = []
+        found = [
+            f"{'dataset' if name.startswith(_DATASETS) else 'model'}: {name.removeprefix(_DATASETS)}, commit {commit}"
+            for name, commit in self.commits.items()
+        ]
         for step, trained in self.training.items():
             found.append(
                 f"{step}: {trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:,.0f} s, "
@@ -148,6 +157,10 @@ def card(report: Report) -> str:
     ]
     if (repository := _repository(base)) is not None:
         front += [f"base_model: {repository}", "base_model_relation: quantized"]
+    if datasets := [
+        name.removeprefix(_DATASETS).partition("@")[0] for name in report.commits if name.startswith(_DATASETS)
+    ]:
+        front += [f"datasets: [{', '.join(datasets)}]"]
     lines = [
         *front,
         "---",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from fp4conv.errors import SourceError, UsageError
+from fp4conv.qat.hub_data import hub_data, read_hub
 
 if TYPE_CHECKING:
     from fp4conv.qat.settings import Settings
@@ -99,8 +100,6 @@ def _read(settings: Settings) -> Mapping[str, Rows]:
             split: [row for file in files for row in _read_file(file)]
             for split, files in _local_files(path, settings).items()
         }
-    if path.suffix or str(settings.dataset).count("/") > 1:
-        raise UsageError("there is no such file or folder", where=str(path))
     return _read_hub(settings)
 
 
@@ -156,24 +155,14 @@ def _row(line: str, where: str) -> Row:
 
 
 def _read_hub(settings: Settings) -> Mapping[str, Rows]:
-    from datasets import load_dataset
-
-    name = str(settings.dataset)
-    try:
-        found = load_dataset(name, settings.subset)
-        return {
-            str(split): [
-                Row(_columns(row), f"{name}, split {split}, row {number}") for number, row in enumerate(rows, 1)
-            ]
-            for split, rows in found.items()
-        }
-    except Exception as error:
-        # The libraries beneath raise nearly anything for a name that is not there, or without a network.
-        raise SourceError(
-            f"is no file or folder, and cannot be had from the Hub: {_first_line(error)}",
-            where=name,
-            hint="give a JSONL or parquet file, a folder of them, or a dataset of the Hub (org/name)",
-        ) from error
+    named = hub_data(str(settings.dataset))
+    found, _ = read_hub(named, settings.subset)
+    return {
+        str(split): [
+            Row(_columns(row), f"{named.repo}, split {split}, row {number}") for number, row in enumerate(rows, 1)
+        ]
+        for split, rows in found.items()
+    }
 
 
 def _first_line(error: Exception) -> str:

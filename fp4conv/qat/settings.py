@@ -50,7 +50,9 @@ class Settings:
 
     model: str | None = _setting(None, "What", "The model: a folder or a Hub id; BF16, or MXFP4/NVFP4, which is upcast")
     dataset: str | None = _setting(
-        None, "What", "JSONL, parquet, a folder of them, or a Hub id; with messages, prompt/completion or text"
+        None,
+        "What",
+        "JSONL, parquet, a folder of them, or a Hub id, org/name[@revision]; with messages, prompt/completion or text",
     )
     format: str | None = _setting(None, "What", "The four-bit format to train for", choices=sorted(BLOCK_FORMATS))
     output: str | None = _setting(None, "What", "Where everything goes; the same command goes on where it stopped")

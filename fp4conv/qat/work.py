@@ -16,6 +16,7 @@ from fp4conv.qat.converting import threads
 from fp4conv.qat.data import load_data
 from fp4conv.qat.disk import check_disk, disk_of
 from fp4conv.qat.evaluate import Score
+from fp4conv.qat.hub_data import pin_dataset
 from fp4conv.qat.machine import machine
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
 from fp4conv.qat.quantising import backend_of, recipe_of
@@ -36,19 +37,20 @@ if TYPE_CHECKING:
 class Work:
     """One run in settings.output. `tell` gets a line at each step; None: show nothing.
 
-    `pins`: repository@revision -> commit of a model on the Hub, which an earlier run has begun with; added when found.
+    `pins`: repository@revision -> commit of a model or dataset on the Hub, which an earlier run has begun with; added
+    when found. All that reads the dataset, in whatever process, is told its commit.
     """
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] | None, pins: Mapping[str, str]) -> None:
         self.pins = dict(pins)
-        self._settings = settings
+        self._asked = self._settings = settings
         self._quiet = tell is None
         self._tell = tell or (lambda _: None)
         self._places = steps.Places(Path(str(settings.output)))
 
     def check(self) -> None:
         """Everything that can be wrong and be known without loading the model, before minutes are spent."""
-        settings = self._settings
+        settings = self._asked
         quiet()
         if settings.gpus > 1 and torch.cuda.device_count() < settings.gpus:
             raise UsageError(
@@ -59,6 +61,7 @@ class Work:
         admission.check_skipped(settings)
         check_schedule(settings)
         admission.check_sharing(settings)
+        self._settings = settings = pin_dataset(settings, self.pins)
         self._source = folder_of(str(settings.model), pins=self.pins)
         model = parsed(self._source)
         check_memory(model, settings)
@@ -116,7 +119,9 @@ class Work:
         if "evaluate" not in settings.skip:
             for row in rows_of(settings, trained="qat" not in settings.skip):
                 rows[row] = self._score(done, scoring, row)
-        report = Report(settings, rows, curves, quantised, comparison, done.seconds, machine(), versions())
+        report = Report(
+            self._asked, rows, curves, quantised, comparison, done.seconds, machine(), versions(), self.pins
+        )
         for note in write_report(report, places):
             self._tell(note)
         return report
