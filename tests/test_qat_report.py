@@ -10,9 +10,12 @@ import yaml
 
 pytest.importorskip("trl")
 
+from fp4conv.model import JSON
 from fp4conv.qat.evaluate import Score
+from fp4conv.qat.machine import machine, noted, over_steps, versions
 from fp4conv.qat.report import Report, card, page
 from fp4conv.qat.settings import Settings
+from fp4conv.qat.train import Trained
 
 NOTE = "model.layers.0.mlp.experts.down_proj: 3 blocks have other values in training than any file can give them"
 
@@ -67,3 +70,26 @@ def test_commits_of_the_hub_are_told() -> None:
     assert front(card(made))["datasets"] == ["org/rows"]
     assert made.to_json()["commits"] == commits
     assert "datasets" not in front(card(report()))
+
+
+def test_a_run_that_went_on_elsewhere_names_each_machine_and_release_once() -> None:
+    def step(machine: str, torch: str) -> dict[str, JSON]:
+        return {"seconds": 1.0, "on": {"machine": machine, "versions": {"torch": torch, "trl": "1.16"}}}
+
+    steps = [step("a GPU", "2.12"), step("a GPU", "2.13"), step("a processor", "2.13"), step("a GPU", "2.12")]
+    assert over_steps(steps) == ("a GPU; then a processor", {"torch": "2.12, then 2.13", "trl": "1.16"})
+    here = noted({"values": 7})
+    assert here["values"] == 7
+    assert over_steps([here]) == (machine(), versions())
+
+
+def test_notes_say_which_comparison_found_them() -> None:
+    made = replace(report(), comparison={"notes": [NOTE], "largest": 0.1, "values": 1, "logits": 1})
+    assert made.notes() == [f"before training: {NOTE}", f"after export: {NOTE}"]
+
+
+def test_a_peak_that_nobody_has_measured_is_not_told() -> None:
+    trained = Trained(((1, 0.5),), 1, 9, 3.0, 0)
+    assert replace(report(), training={"sft": trained}).facts()[0] == "sft: 1 steps, 9 tokens, 3 s"
+    measured = replace(trained, peak_bytes=2_000_000)
+    assert replace(report(), training={"sft": measured}).facts()[0].endswith(", 3 s, peak memory 2.00 MB")

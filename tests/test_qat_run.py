@@ -194,6 +194,8 @@ def test_an_export_with_another_bit_than_was_trained_stops_the_run(
 
 def test_done_again_nothing_is_done_and_the_table_is_the_same(done: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = done.report
+    monkeypatch.setattr("fp4conv.qat.machine.machine", lambda: "another machine, to look at the table on")
+    monkeypatch.setattr("fp4conv.qat.machine.platform.python_version", lambda: "3.99")
     monkeypatch.setattr("fp4conv.qat.steps.launch.run", None)
     monkeypatch.setattr("fp4conv.qat.steps.convert", None)
     result = CliRunner().invoke(main, [*done.words, "--json"])

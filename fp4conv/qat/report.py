@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import importlib.util
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from fp4conv.qat.steps import Places
 
 REPORT_JSON, REPORT_HTML, CARD = "report.json", "report.html", "README.md"
-_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "nvidia-modelopt")
 _DATASETS = "datasets/"  # before the name of a dataset on the Hub, where models are too
 _HEADS = ("model", "held-out loss", "right answers", "pass rate")
 
@@ -86,8 +83,9 @@ class Report:
 
     def notes(self) -> list[str]:
         """What was found and explained on the way: blocks that ModelOpt rounds in another way."""
-        kept = [self.calibration.get("notes"), (self.comparison or {}).get("notes")]
-        return [str(note) for notes in kept if isinstance(notes, list) for note in notes]
+        kept = {"before training": self.calibration, "after export": self.comparison or {}}
+        found = {when: facts.get("notes") for when, facts in kept.items()}
+        return [f"{when}: {note}" for when, notes in found.items() if isinstance(notes, list) for note in notes]
 
     def facts(self) -> list[str]:
         """What the table rests on, a sentence each."""
@@ -97,8 +95,8 @@ class Report:
         ]
         for step, trained in self.training.items():
             found.append(
-                f"{step}: {trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:,.0f} s, "
-                f"peak memory {format_size(trained.peak_bytes)}"
+                f"{step}: {trained.steps:,} steps, {trained.tokens:,} tokens, {trained.seconds:,.0f} s"
+                + (f", peak memory {format_size(trained.peak_bytes)}" if trained.peak_bytes else "")
             )
         names = self.calibration.get("names")
         count = len(names) if isinstance(names, list) else 0
@@ -115,14 +113,6 @@ class Report:
                 f"{self.comparison['logits']:,} logits of the checkpoint loaded again {same}"
             )
         return found
-
-
-def versions() -> dict[str, str]:
-    found = {"fp4conv": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        if importlib.util.find_spec(name.removeprefix("nvidia-")) is not None:
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def view(report: Report) -> RenderableType:

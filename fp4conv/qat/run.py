@@ -71,9 +71,14 @@ class Done:
     journal: Journal
 
     @property
+    def facts(self) -> dict[str, Mapping[str, JSON]]:
+        """What the steps that are done have left in the journal, in their order."""
+        return {step: facts for step, facts in self.journal.finished.items() if step != INPUTS}
+
+    @property
     def seconds(self) -> dict[str, float]:
         """What each step took, in every process that had a part in what it left."""
-        found = {step: facts["seconds"] for step, facts in self.journal.finished.items() if step != INPUTS}
+        found = {step: facts["seconds"] for step, facts in self.facts.items()}
         return {step: float(seconds) for step, seconds in found.items() if isinstance(seconds, (int, float))}
 
     def once(self, step: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:

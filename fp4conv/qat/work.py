@@ -17,10 +17,10 @@ from fp4conv.qat.data import load_data
 from fp4conv.qat.disk import check_disk, disk_of
 from fp4conv.qat.evaluate import Score
 from fp4conv.qat.hub_data import pin_dataset
-from fp4conv.qat.machine import machine
+from fp4conv.qat.machine import ON, noted, over_steps
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
 from fp4conv.qat.quantising import backend_of, recipe_of
-from fp4conv.qat.report import Report, versions, write_report
+from fp4conv.qat.report import Report, write_report
 from fp4conv.qat.schedule import check_schedule
 from fp4conv.qat.scoring import Scoring, rows_of
 from fp4conv.qat.train import Trained
@@ -119,9 +119,8 @@ class Work:
         if "evaluate" not in settings.skip:
             for row in rows_of(settings, trained="qat" not in settings.skip):
                 rows[row] = self._score(done, scoring, row)
-        report = Report(
-            self._asked, rows, curves, quantised, comparison, done.seconds, machine(), versions(), self.pins
-        )
+        machines, versions = over_steps(done.facts.values())
+        report = Report(self._asked, rows, curves, quantised, comparison, done.seconds, machines, versions, self.pins)
         for note in write_report(report, places):
             self._tell(note)
         return report
@@ -129,7 +128,8 @@ class Work:
     def _once(self, done: Done, step: str, words: str, work: Callable[[], Mapping[str, JSON]]) -> Mapping[str, JSON]:
         if not done.has(step):
             self._tell(words)
-        return done.once(step, work)
+        facts = done.once(step, lambda: noted(work()))
+        return {name: value for name, value in facts.items() if name != ON}
 
     def _score(self, done: Done, scoring: Scoring, row: str) -> tuple[Score, float]:
         facts = self._once(done, f"evaluate {row}", f"evaluating: {row}", lambda: asdict(scoring.score(row)))
