@@ -201,7 +201,7 @@ def test_adapter_folder(tmp_path: Path) -> None:
     source.mkdir()
     (source / "adapter_config.json").write_text("{}")
     write_shard(source / "adapter_model.safetensors", {"base_model.model.x.lora_A.weight": noise((4, 8))})
-    refused(source, to="nvfp4", says=("adapter", "--lora"))
+    refused(source, to="nvfp4", says=("adapter", "merge-lora"))
 
 
 FOREIGN: dict[str, tuple[Tensors, dict[str, object], str]] = {

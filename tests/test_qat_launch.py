@@ -183,11 +183,12 @@ def test_warnings_of_the_processes_are_for_their_user() -> None:
     """torch tells at each step, a line of source beside it, that it renames reduce_scatter_tensor."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        launch._quieten()
+        models.quiet()
         for module, kind in (
             ("torch.distributed.c10d_logger", FutureWarning),
             ("torch.distributed.c10d_logger", UserWarning),
             ("torch.optim.adamw", FutureWarning),
+            ("transformers.modeling_utils", FutureWarning),
         ):
             warnings.warn_explicit("words", kind, "file.py", 1, module=module)
     assert [one.category for one in told] == [UserWarning, FutureWarning]

@@ -23,8 +23,9 @@ import subprocess, sys
 subprocess.Popen([sys.executable, "-c", {WORKER!r}], start_new_session=True).wait()
 """
 STARTER = f"""
-import os, sys
+import os, signal, sys
 from fp4conv.qat import lifeline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and its children, ignore it
 sys.exit(lifeline.run([sys.executable, "-c", {LAUNCHER!r}], os.environ))
 """
 

@@ -110,7 +110,7 @@ TORCHS_OWN = (torch.nn.functional.linear, torch.bmm, torch.Tensor.__matmul__)
     ("family", "settings"),
     [
         ("gpt-oss", {"format": "nvfp4", "quant_cfg": "NVFP4_DEFAULT_CFG"}),
-        ("qwen3-moe", {"format": "mxfp4", "lora": True}),
+        pytest.param("qwen3-moe", {"format": "mxfp4", "lora": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -149,7 +149,8 @@ def test_an_error_among_the_experts_leaves_torchs_functions_in_place(
 # ---- the whole of it
 
 
-@pytest.mark.parametrize("family", [pytest.param("gpt-oss", marks=pytest.mark.slow), "qwen3-moe"])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt-oss", "qwen3-moe"])
 def test_stopped_in_training_adapters_it_goes_on_and_ends_as_without_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

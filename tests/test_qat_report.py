@@ -40,6 +40,14 @@ def test_what_is_told_below_is_below() -> None:
         assert "a GPU; torch 2.0" in text
 
 
+def test_what_a_conversion_warned_of_is_in_the_card_the_page_and_the_json() -> None:
+    pytest.importorskip("plotly")
+    warned = replace(report(), warnings={"upcast": ["input scales of 14 modules have no place"]})
+    for text in (card(warned), page(warned)):
+        assert "upcast: warning: input scales of 14 modules have no place" in text
+    assert warned.to_json()["warnings"] == {"upcast": ["input scales of 14 modules have no place"]}
+
+
 @pytest.mark.parametrize("model", ["org/tiny", "org/tiny@v1.0", "hf://org/tiny@main/inner"])
 def test_the_base_is_named_as_the_hub_names_it(model: str) -> None:
     assert front(card(report(model=model)))["base_model"] == "org/tiny"

@@ -277,6 +277,25 @@ def test_without_qat_the_export_has_the_input_scales_that_its_row_was_measured_w
         assert len(scales) == 2 * 7  # layers, and linear layers in each
 
 
+def test_what_decoding_the_model_leaves_out_is_told(tmp_path: Path) -> None:
+    """A source with quantised inputs: their scales have no place in the dense model that is trained."""
+    make(tmp_path, "llama")
+    shutil.move(tmp_path / "model", tmp_path / "dense")
+    with fp4conv.open(tmp_path / "dense") as dense:
+        modules = [weight.module for weight in dense.model.weights if "_proj" in weight.name]
+    scales = {f"{module}.input_amax": torch.tensor(2.0) for module in modules}
+    save_file(scales, tmp_path / "inputs.safetensors")
+    fp4conv.convert(
+        tmp_path / "dense", tmp_path / "model", to="nvfp4", input_scales=str(tmp_path / "inputs.safetensors")
+    )
+    words = command(tmp_path, format="mxfp4", skip="qat", sft_max_steps=1, eval_samples=1)
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    [warned] = re.findall(r"^warning: (.*)$", result.stderr, re.MULTILINE)
+    assert warned.startswith("the input scales of 14 modules are left out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == {"upcast": [warned]}
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [("model/run", "lies in the model"), ("data/run", "lies in the dataset"), ("out/report.json/run", "is a file")],

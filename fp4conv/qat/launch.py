@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
@@ -130,17 +129,11 @@ def _worker(out: Path) -> NoReturn:
     threads, for DeepSpeed holds its groups for good.
     """
     lifeline.end_with_starter()
-    _quieten()
     job = Job(**json.loads((out / _JOB).read_text(encoding="utf-8")))
     train(job, settings_from(read_yaml(out / _SETTINGS)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _quieten() -> None:
-    """Pass over what torch says to its users' libraries, at every step and in every process: what it will rename."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\b")
 
 
 if __name__ == "__main__":

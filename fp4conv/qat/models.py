@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import types
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from math import prod
 from pathlib import Path
@@ -156,13 +157,14 @@ def spread(settings: Settings) -> bool:
 
 
 def quiet() -> None:
-    """One bar for training is enough: the libraries' own go."""
+    """One bar for training is enough: the libraries' own go, and what they tell one another of names to come."""
     import datasets
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch\.distributed|transformers)\b")
 
 
 def distributed() -> bool:

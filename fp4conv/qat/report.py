@@ -35,6 +35,7 @@ class Report:
     """What a run did. `rows`: name -> (score, seconds). `training`: 'sft' and 'qat'. The rest: as the steps gave it.
 
     `commits`: of model and dataset on the Hub, by 'org/name@revision' and 'datasets/org/name@revision'.
+    `warnings`: 'upcast' and 'export' -> what these conversions warn of.
     """
 
     settings: Settings
@@ -46,6 +47,7 @@ class Report:
     machine: str
     versions: Mapping[str, str]
     commits: Mapping[str, str] = field(default_factory=dict)
+    warnings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, JSON]:
         rows: list[JSON] = [
@@ -69,6 +71,7 @@ class Report:
             "machine": self.machine,
             "versions": dict(self.versions),
             "commits": dict(self.commits),
+            "warnings": {step: list(words) for step, words in self.warnings.items()},
             "settings": self.settings.values(),
         }
 
@@ -82,10 +85,12 @@ class Report:
         return made
 
     def notes(self) -> list[str]:
-        """What was found and explained on the way: blocks that ModelOpt rounds in another way."""
+        """What was found on the way: blocks that ModelOpt rounds in another way, and what conversions warn of."""
+        warned = [f"{step}: warning: {words}" for step, found in self.warnings.items() for words in found]
         kept = {"before training": self.calibration, "after export": self.comparison or {}}
         found = {when: facts.get("notes") for when, facts in kept.items()}
-        return [f"{when}: {note}" for when, notes in found.items() if isinstance(notes, list) for note in notes]
+        noted = [f"{when}: {note}" for when, notes in found.items() if isinstance(notes, list) for note in notes]
+        return [*warned, *noted]
 
     def facts(self) -> list[str]:
         """What the table rests on, a sentence each."""

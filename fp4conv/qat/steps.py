@@ -85,8 +85,9 @@ def needs_upcast(model: Model, settings: Settings) -> bool:
     )
 
 
-def upcast(source: str | Path, places: Places, settings: Settings) -> None:
-    convert(
+def upcast(source: str | Path, places: Places, settings: Settings) -> tuple[str, ...]:
+    """Decode the model in `source`; returns what the conversion warns of."""
+    return convert(
         source,
         places.upcast,
         to=dense_format(settings),
@@ -94,7 +95,7 @@ def upcast(source: str | Path, places: Places, settings: Settings) -> None:
         max_memory=settings.max_memory,
         workers=threads(parsed(source), settings, merges=False),
         overwrite=True,
-    )
+    ).warnings
 
 
 def sft(source: Path, places: Places, settings: Settings, *, quiet: bool = False) -> Trained:
@@ -192,14 +193,17 @@ def tidy(out: Path, settings: Settings) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def export(source: Path, places: Places, settings: Settings, names: tuple[str, ...]) -> None:
-    """The real four-bit checkpoint of what was trained; of a source without quantisers (PTQ), by the same selection."""
+def export(source: Path, places: Places, settings: Settings, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The real four-bit checkpoint of what was trained; of a source without quantisers (PTQ), by the same selection.
+
+    Returns what the conversion warns of.
+    """
     trained = source == places.qat / "model"
     if trained:
         shutil.copytree(places.quantizers, source, dirs_exist_ok=True)
     chosen = None if trained else selection(parsed(source), names)
     inputs = "stored" if trained else _input_scales(source, places)
-    quantise(source, places.export, str(settings.format), settings, chosen=chosen, input_scales=inputs)
+    return quantise(source, places.export, str(settings.format), settings, chosen=chosen, input_scales=inputs)
 
 
 def _input_scales(source: Path, places: Places) -> str:
@@ -222,9 +226,12 @@ def _input_scales(source: Path, places: Places) -> str:
 
 def quantise(
     source: Path, out: Path, to: str, settings: Settings, *, chosen: Selected | None, input_scales: str = "stored"
-) -> None:
-    """Convert the dense model in `source` to the block format `to`: what `chosen` says, or what training did."""
-    convert(
+) -> tuple[str, ...]:
+    """Convert the dense model in `source` to the block format `to`: what `chosen` says, or what training did.
+
+    Returns what the conversion warns of.
+    """
+    return convert(
         source,
         out,
         to=to,
@@ -237,7 +244,7 @@ def quantise(
         max_memory=settings.max_memory,
         workers=threads(parsed(source), settings, merges=False),
         overwrite=True,
-    )
+    ).warnings
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,18 @@ class Work:
             for row in rows_of(settings, trained="qat" not in settings.skip):
                 rows[row] = self._score(done, scoring, row)
         machines, versions = over_steps(done.facts.values())
-        report = Report(self._asked, rows, curves, quantised, comparison, done.seconds, machines, versions, self.pins)
+        report = Report(
+            self._asked,
+            rows,
+            curves,
+            quantised,
+            comparison,
+            done.seconds,
+            machines,
+            versions,
+            self.pins,
+            warnings=_warnings(done.facts),
+        )
         for note in write_report(report, places):
             self._tell(note)
         return report
@@ -136,12 +147,21 @@ class Work:
         return _score(facts), _number(facts["seconds"])
 
     def _upcast(self) -> Mapping[str, JSON]:
-        steps.upcast(self._source, self._places, self._settings)
-        return {}
+        return self._told(steps.upcast(self._source, self._places, self._settings))
 
     def _export(self, last: Path, names: tuple[str, ...]) -> Mapping[str, JSON]:
-        steps.export(last, self._places, self._settings, names)
-        return {}
+        return self._told(steps.export(last, self._places, self._settings, names))
+
+    def _told(self, warnings: tuple[str, ...]) -> Mapping[str, JSON]:
+        for words in warnings:
+            self._tell(f"warning: {words}")
+        return {"warnings": list(warnings)}
+
+
+def _warnings(facts: Mapping[str, Mapping[str, JSON]]) -> dict[str, list[str]]:
+    """What the conversions among the steps warned of, by step; those without a warning left out."""
+    found = {step: cast("list[str]", kept.get("warnings", [])) for step, kept in facts.items()}
+    return {step: words for step, words in found.items() if words}
 
 
 def _number(value: JSON) -> float:
