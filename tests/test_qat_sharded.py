@@ -13,6 +13,7 @@ import pytest
 import torch
 from modelopt_cpu import put_kernel
 
+from fp4conv.qat import lifeline
 from fp4conv.qat.adapters import with_adapters
 from fp4conv.qat.backend import Recipe, open_backend
 from fp4conv.qat.settings import settings_from
@@ -69,8 +70,8 @@ def work(folder: Path, store: Path, rank: int, kind: str, adapted: str) -> None:
     assert trained
     for name, alone, parameter in trained:
         assert torch.equal(alone.grad, parameter.grad.full_tensor()), name
-    torch.distributed.destroy_process_group()
     sys.stdout.write("equal\n")
+    lifeline.end()
 
 
 def prepared(folder: Path, ids: torch.Tensor, kind: str, *, lora: bool) -> torch.nn.Module:

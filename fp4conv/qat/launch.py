@@ -122,18 +122,11 @@ def _environment() -> dict[str, str]:
 
 
 def _worker(out: Path) -> NoReturn:
-    """Train as one of several processes, and end this one.
-
-    Without taking the interpreter down: a thread of gloo that still holds the last tensor would ask it for its lock
-    then, and abort the process (pytorch/pytorch issue 190489). Destroying the process groups does not end these
-    threads, for DeepSpeed holds its groups for good.
-    """
+    """Train as one of several processes, and end this one."""
     lifeline.end_with_starter()
     job = Job(**json.loads((out / _JOB).read_text(encoding="utf-8")))
     train(job, settings_from(read_yaml(out / _SETTINGS)))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    lifeline.end()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -31,6 +32,17 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 def end_with_starter() -> None:
     """Have this process end, with exit code 1, as soon as the one that called `run` lets go of it."""
     threading.Thread(target=_wait_for_the_end, name="lifeline", daemon=True).start()
+
+
+def end() -> NoReturn:
+    """End this process, which has done its part, with exit code 0: at once, without taking the interpreter down.
+
+    A thread of gloo that still holds the last tensor would ask the interpreter for its lock then, and abort the process
+    (pytorch/pytorch issue 190489). Destroying the process groups does not end these threads for certain.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _wait_for_the_end() -> None:
