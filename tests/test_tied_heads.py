@@ -85,6 +85,16 @@ def test_copies_of_the_embeddings_are_fine(reference: Reference, tmp_path: Path)
     assert found(fp4conv.verify(model(reference, tmp_path / "nan", {HEAD: nan, TABLE: nan.astype(np.float32)}))) is None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_read_twice_is_counted_twice(reference: Reference, tmp_path: Path, tied: bool) -> None:
+    folder, held = model(reference, tmp_path / "model", {}, tied), table(reference)
+    announced: list[int] = []
+    read: list[int] = []
+    result = fp4conv.verify(folder, on_start=announced.append, on_bytes=read.append)
+    values = sum(array_of(raw).nbytes for raw in read_raw(folder).values())
+    assert announced == [sum(read)] == [result.bytes_read] == [values + tied * 2 * held.nbytes]
+
+
 def test_one_value_is_enough(reference: Reference, tmp_path: Path) -> None:
     """Also the last, which lies in the last chunk, and one that is not finite."""
     for value, said in ((-3.0, ""), (np.inf, "by inf at most")):

@@ -11,7 +11,7 @@ from fp4conv.checks.agreement import agreement_faults, linear
 from fp4conv.checks.architecture import odd_sizes, promised
 from fp4conv.checks.claims import read_claims
 from fp4conv.checks.structure import named_otherwise, structure_faults
-from fp4conv.checks.tied import tied_faults
+from fp4conv.checks.tied import tied_bytes, tied_faults
 from fp4conv.checks.values import bytes_to_read, value_faults
 from fp4conv.checks.weights import Held, held_weights
 from fp4conv.errors import SourceError
@@ -159,11 +159,13 @@ def check_values(
     """Block scales, scalars and dense values of what `check_structure` found."""
     with checked.source.reader() as reader:
         faults = value_faults(checked.weights, reader, chunk_bytes=chunk_bytes, workers=workers, progress=progress)
-        return [*faults, *tied_faults(checked.weights, checked.config, reader, chunk_bytes=chunk_bytes)]
+        tied = tied_faults(checked.weights, checked.config, reader, chunk_bytes=chunk_bytes, progress=progress)
+        return [*faults, *tied]
 
 
 def value_bytes(checked: Checked) -> int:
-    return bytes_to_read(checked.weights)
+    """What `check_values` reads at the least."""
+    return bytes_to_read(checked.weights) + tied_bytes(checked.weights, checked.config)
 
 
 def _layers(config: Mapping[str, JSON]) -> int | None:

@@ -6,7 +6,7 @@ replaced by the embeddings in those that go by the config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -40,16 +40,32 @@ class Apart:
     largest: float = 0.0
 
 
+def tied_bytes(weights: Sequence[Held], config: Mapping[str, JSON]) -> int:
+    """What `tied_faults` reads."""
+    pair = tied_pair(weights, config)
+    if pair is None or not _comparable(*pair):
+        return 0
+    return sum(held.parts[PACKED].spec.nbytes for held in pair)
+
+
 def tied_faults(
-    weights: Sequence[Held], config: Mapping[str, JSON], reader: Reader, *, chunk_bytes: int
+    weights: Sequence[Held],
+    config: Mapping[str, JSON],
+    reader: Reader,
+    *,
+    chunk_bytes: int,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[Found]:
-    """The fault of a head that is not the embeddings, though `config` says so. Memory: some `chunk_bytes`."""
+    """The fault of a head that is not the embeddings, though `config` says so. Memory: some `chunk_bytes`.
+
+    `progress` gets the bytes that were read.
+    """
     pair = tied_pair(weights, config)
     if pair is None:
         return
     head, table = pair
     ref = next(iter(head.parts.values()))
-    found = _difference(head, table, reader, chunk_bytes)
+    found = _difference(head, table, reader, chunk_bytes, progress)
     if found:
         expected = f"the values of {table.name}, since config.json ties the two ({_KEY})"
         yield Found(Kind.TIED_HEAD_DIFFERS, found, expected, ref.name, ref.file, head.name)
@@ -73,7 +89,17 @@ def _is_tied(config: Mapping[str, JSON]) -> bool:
     return config.get("model_type") in _TIED_UNLESS_SAID
 
 
-def _difference(head: Held, table: Held, reader: Reader, chunk_bytes: int) -> str:
+def _comparable(head: Held, table: Held) -> bool:
+    """Whether the two are float tensors of one shape."""
+    if head.quantized or table.quantized:
+        return False
+    one, other = head.parts[PACKED].spec, table.parts[PACKED].spec
+    return one.shape == other.shape and {one.dtype, other.dtype} <= _FLOATS.keys()
+
+
+def _difference(
+    head: Held, table: Held, reader: Reader, chunk_bytes: int, progress: Callable[[int], object] | None
+) -> str:
     """What sets the two apart, in words; '' where they are the same."""
     if head.quantized or table.quantized:
         formats = head.format_name, table.format_name
@@ -81,9 +107,9 @@ def _difference(head: Held, table: Held, reader: Reader, chunk_bytes: int) -> st
     one, other = head.parts[PACKED], table.parts[PACKED]
     if one.spec.shape != other.spec.shape:
         return f"{list(one.spec.shape)}, {table.name} is {list(other.spec.shape)}"
-    if one.spec.dtype not in _FLOATS or other.spec.dtype not in _FLOATS:
+    if not _comparable(head, table):
         return ""  # which is another fault
-    apart = compare(one, other, reader, chunk_bytes=chunk_bytes)
+    apart = compare(one, other, reader, chunk_bytes=chunk_bytes, progress=progress)
     if not apart.values:
         return ""
     return (
@@ -92,13 +118,22 @@ def _difference(head: Held, table: Held, reader: Reader, chunk_bytes: int) -> st
     )
 
 
-def compare(one: TensorRef, other: TensorRef, reader: Reader, *, chunk_bytes: int) -> Apart:
+def compare(
+    one: TensorRef,
+    other: TensorRef,
+    reader: Reader,
+    *,
+    chunk_bytes: int,
+    progress: Callable[[int], object] | None = None,
+) -> Apart:
     """How far two float tensors of one shape are apart, value by value; NaN is equal to NaN, and -0 to 0."""
     step = max(1, chunk_bytes // 32)
     apart = Apart()
     for start in range(0, one.spec.elements, step):
         count = min(step, one.spec.elements - start)
         left, right = (_values(ref, reader, start, count) for ref in (one, other))
+        if progress is not None:
+            progress(left.nbytes + right.nbytes)
         if left.dtype == right.dtype and left.tobytes() == right.tobytes():
             continue
         with np.errstate(invalid="ignore"):
