@@ -13,9 +13,10 @@ pytest.importorskip("trl")
 from fp4conv.model import JSON
 from fp4conv.qat.evaluate import Score
 from fp4conv.qat.machine import machine, noted, over_steps, versions
-from fp4conv.qat.report import Report, card, page
+from fp4conv.qat.report import Report
 from fp4conv.qat.settings import Settings
 from fp4conv.qat.train import Trained
+from fp4conv.qat.written import card, page
 
 NOTE = "model.layers.0.mlp.experts.down_proj: 3 blocks have other values in training than any file can give them"
 

@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, Mxfp4Config, TrainerCallback
 
 import fp4conv
 from fp4conv.cli import main
-from fp4conv.errors import ValuesError
+from fp4conv.errors import UsageError, ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
+from fp4conv.qat.packages import check_packages
 from fp4conv.qat.quantizers import FakeQuantizer
 from fp4conv.qat.scoring import Scoring
 from fp4conv.qat.settings import settings_from
@@ -203,8 +204,12 @@ def test_done_again_nothing_is_done_and_the_table_is_the_same(done: Run, monkeyp
     assert json.loads(result.stdout) == before
 
 
-def test_other_settings_are_refused_by_name_and_machine_settings_are_not(done: Run) -> None:
-    result = CliRunner().invoke(main, [*done.words, "--qat-learning-rate", "2e-3"])
+def test_other_settings_are_refused_by_name_and_machine_settings_are_not(
+    done: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before_data_is_read:
+        before_data_is_read.setattr(Work, "check", None)
+        result = CliRunner().invoke(main, [*done.words, "--qat-learning-rate", "2e-3"])
     assert result.exit_code == 1
     assert "qat_learning_rate was 0.001, is 0.002" in result.output
     assert CliRunner().invoke(main, [*done.words, "--save-steps", "7"]).exit_code == 0
@@ -508,6 +513,13 @@ def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monk
     assert result.exit_code == 2
     assert "training needs trl" in result.output
     assert "pip install 'fp4conv[qat]'" in result.output
+
+
+def test_python_that_trl_does_not_run_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.version_info", (3, 10, 13))
+    with pytest.raises(UsageError, match="training needs no_such_package") as caught:
+        check_packages("training", ["json", "no_such_package"])
+    assert caught.value.hint == "with Python 3.11 or newer, which trl needs: pip install 'fp4conv[qat]'"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import numpy as np
 from fp4conv.errors import OutputError, PlanError, UsageError
 from fp4conv.layouts import parse
 from fp4conv.model import JSON, Model, Stored
+from fp4conv.qat.packages import check_packages
 from fp4conv.qat.settings import Settings
 from fp4conv.sources import folder_of, open_source
 
@@ -62,7 +62,7 @@ def calibrate(
     """
     target = Path(output)
     _check_output(target, overwrite)
-    _check_packages()
+    check_packages("calibration runs the model, and", _NEEDED)
     parsed = parse(open_source(model))
     _check_format(parsed, str(model))
     settings = Settings(
@@ -122,14 +122,6 @@ def _check_output(target: Path, overwrite: bool) -> None:
         raise OutputError(
             f"cannot be written: {error.strerror}", where=str(target), hint="give another FILE"
         ) from error
-
-
-def _check_packages() -> None:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"calibration runs the model, and needs {', '.join(missing)}", hint="pip install 'fp4conv[qat]'"
-        )
 
 
 def _check_format(model: Model, name: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fp4conv.errors import OutputError, ResumeError, UsageError
 from fp4conv.model import JSON
+from fp4conv.qat.packages import check_packages
 from fp4conv.qat.settings import Settings, settings_from
 from fp4conv.qat.settings_yaml import SETTINGS_FILE, read_yaml, to_yaml
 from fp4conv.qat.shortages import shortages
@@ -45,19 +45,21 @@ def run(settings: Settings, command: str, tell: Tell | None) -> Report:
     Raises the errors of fp4conv.errors.
     """
     check_words(settings)
-    check_packages(settings)
+    check_packages("training", _packages(settings))
     # Past the checks, so that what is missing is named.
     from fp4conv.qat.work import Work
 
     root = Path(str(settings.output))
     _check_place(root, settings)
-    pins, begun = _earlier(root)
-    settings = _dated(settings, root if begun else None)
+    settings, pins = _gone_on(root, settings)
     work = Work(settings, tell, pins)
     work.check()
     _make(root)
     with closing(Journal(root / JOURNAL_NAME)) as journal:
-        _begin(journal, root, settings, command, work.pins)
+        if journal.fingerprint is None:
+            (root / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
+            journal.begin(_fingerprint(settings), command, work.pins)
+        _check_same(journal, root, settings)  # again: another run may have begun here since
         done = Done(journal)
         check_unchanged(done.once(INPUTS, lambda: work.inputs), work.inputs, root)
         with shortages(root):
@@ -115,12 +117,8 @@ def check_words(settings: Settings) -> None:
         )
 
 
-def check_packages(settings: Settings) -> None:
-    """UsageError that names the packages that are missing, and how they are installed."""
-    needed = [*_NEEDED, *(["peft"] if settings.lora else []), *(["modelopt"] if settings.backend == "modelopt" else [])]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"training needs {', '.join(missing)}", hint="pip install 'fp4conv[qat]'")
+def _packages(settings: Settings) -> list[str]:
+    return [*_NEEDED, *(["peft"] if settings.lora else []), *(["modelopt"] if settings.backend == "modelopt" else [])]
 
 
 def _check_place(root: Path, settings: Settings) -> None:
@@ -149,12 +147,19 @@ def _make(root: Path) -> None:
         raise OutputError(f"cannot be used: {error.strerror}", where=str(root)) from error
 
 
-def _earlier(root: Path) -> tuple[Mapping[str, str], bool]:
-    """The commits that an earlier run in `root` has begun with, and whether there was one."""
+def _gone_on(root: Path, settings: Settings) -> tuple[Settings, Mapping[str, str]]:
+    """`settings` with its day, and the commits that an earlier run in `root` has begun with.
+
+    Raises ResumeError where `root` belongs to a run with other settings.
+    """
     if not (root / JOURNAL_NAME).is_file():
-        return {}, False
+        return _dated(settings, None), {}
     with closing(Journal(root / JOURNAL_NAME, look=True)) as journal:
-        return journal.pins, journal.fingerprint is not None
+        if journal.fingerprint is None:
+            return _dated(settings, None), journal.pins
+        settings = _dated(settings, root)
+        _check_same(journal, root, settings)
+        return settings, journal.pins
 
 
 def _dated(settings: Settings, begun: Path | None) -> Settings:
@@ -165,18 +170,17 @@ def _dated(settings: Settings, begun: Path | None) -> Settings:
     return replace(settings, chat_date=str(day or datetime.date.today().isoformat()))
 
 
-def _begin(journal: Journal, root: Path, settings: Settings, command: str, pins: Mapping[str, str]) -> None:
-    """Claim the folder for these settings, or see that it is theirs."""
-    fingerprint = hashlib.sha256(json.dumps(_binding(settings), sort_keys=True).encode()).hexdigest()
-    if journal.fingerprint is None:
-        (root / SETTINGS_FILE).write_text(to_yaml(settings), encoding="utf-8")
-        journal.begin(fingerprint, command, pins)
-    elif journal.fingerprint != fingerprint:
+def _check_same(journal: Journal, root: Path, settings: Settings) -> None:
+    if journal.fingerprint != _fingerprint(settings):
         raise ResumeError(
             f"belongs to a run with other settings{_differences(root, settings)}",
             where=str(root),
             hint=f"go on with the same ones ({journal.command}), or give another --output",
         )
+
+
+def _fingerprint(settings: Settings) -> str:
+    return hashlib.sha256(json.dumps(_binding(settings), sort_keys=True).encode()).hexdigest()
 
 
 def _binding(settings: Settings) -> dict[str, JSON]:

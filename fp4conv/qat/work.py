@@ -20,11 +20,12 @@ from fp4conv.qat.hub_data import pin_dataset
 from fp4conv.qat.machine import ON, noted, over_steps
 from fp4conv.qat.models import check_memory, load_tokenizer, parsed, quiet
 from fp4conv.qat.quantising import backend_of, recipe_of
-from fp4conv.qat.report import Report, write_report
+from fp4conv.qat.report import Report
 from fp4conv.qat.schedule import check_schedule
 from fp4conv.qat.scoring import Scoring, rows_of
 from fp4conv.qat.train import Trained
 from fp4conv.qat.unchanged import inputs_of
+from fp4conv.qat.written import write_report
 from fp4conv.sources import folder_of
 
 if TYPE_CHECKING:
