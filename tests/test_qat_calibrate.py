@@ -14,6 +14,7 @@ import torch
 from checkpoints import array_of, config_of, read_raw
 from click.testing import CliRunner, Result
 from hub_server import Hub
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import fp4conv
@@ -172,7 +173,22 @@ def test_a_model_on_the_hub_is_taken_at_the_revision_that_was_asked_for(
     commit = hub.add("owner/tiny", reference("llama-bf16"))
     hub.change("owner/tiny", {"config.json": b"{}"})
     file = tmp_path / "amax.safetensors"
-    assert fp4conv.calibrate(f"owner/tiny@{commit}", dataset=data, output=file).inputs == 14
+    made = fp4conv.calibrate(f"owner/tiny@{commit}", dataset=data, output=file)
+    assert made.inputs == 14
+    assert made.commits == {f"owner/tiny@{commit}": commit}
+
+
+def test_the_file_says_of_what_it_is(data_hub: Hub, reference: Reference, tmp_path: Path, data: Path) -> None:
+    commit = data_hub.add("datasets/owner/data", {"train.jsonl": data.read_bytes()})
+    file, model = tmp_path / "amax.safetensors", str(reference("llama-bf16"))
+    result = run(model, "--dataset", "owner/data", "--output", str(file), "--calib-samples", "2")
+    assert f"of datasets/owner/data@main: commit {commit}\n" in result.stdout
+    with safe_open(file, "np") as opened:
+        facts = json.loads(opened.metadata()["fp4conv"])
+    assert facts.pop("by") == f"fp4conv {fp4conv.__version__}"
+    assert facts.pop("tokens") > 2
+    commits = {"datasets/owner/data@main": commit}
+    assert facts == {"model": model, "dataset": "owner/data", "samples": 2, "commits": commits}
 
 
 # ---- what is refused

@@ -53,6 +53,8 @@ def run(model: str, *, quiet: bool, as_json: bool, **options: object) -> None:
     if as_json:
         print_json(result.to_json())
         return
+    for name, commit in result.commits.items():
+        click.echo(f"of {name}: commit {commit}")
     kv = f" and {result.kv} of the KV cache" if result.kv else ""
     click.echo(
         f"{result.output}: the amax of {result.inputs} inputs{kv}, over {result.samples} examples with "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,16 +14,21 @@ import numpy as np
 from fp4conv.errors import OutputError, PlanError, UsageError
 from fp4conv.layouts import parse
 from fp4conv.model import JSON, Model, Stored
+from fp4conv.qat.hub_data import pin_dataset
 from fp4conv.qat.packages import check_packages
 from fp4conv.qat.settings import Settings
 from fp4conv.sources import folder_of, open_source
+from fp4conv.version import __version__
 
 _NEEDED = ("torch", "transformers", "datasets")
 
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """`output`: the file. `inputs`, `kv`: how many amax of each kind are in it; over `samples` with `tokens`."""
+    """`output`: the file. `inputs`, `kv`: how many amax of each kind are in it; over `samples` with `tokens`.
+
+    `commits`: of model and dataset on the Hub, by 'org/name@revision' and 'datasets/org/name@revision'.
+    """
 
     model: str
     dataset: str
@@ -32,6 +38,7 @@ class CalibrateResult:
     samples: int
     tokens: int
     seconds: float
+    commits: Mapping[str, str]
 
     def to_json(self) -> dict[str, JSON]:
         return asdict(self)
@@ -57,8 +64,9 @@ def calibrate(
         fp4conv.convert("my-llama", "my-llama-w4a4", to="nvfp4", input_scales="amax.safetensors")
 
     The file has an F32 [] '<module>.input_amax' for every layer that a conversion quantises by default, and with
-    `kv_cache` '<k_proj>.k_amax' and '<v_proj>.v_amax'. Examples are rows of `dataset` as `qat` takes them, cut at
-    `max_length` tokens. `tell(done, of)` is called after each. Raises the errors of fp4conv.errors.
+    `kv_cache` '<k_proj>.k_amax' and '<v_proj>.v_amax'; its metadata say of what they are. Examples are rows of
+    `dataset` as `qat` takes them, cut at `max_length` tokens. `tell(done, of)` is called after each. Raises the errors
+    of fp4conv.errors.
     """
     target = Path(output)
     _check_output(target, overwrite)
@@ -75,13 +83,16 @@ def calibrate(
         attn_implementation=attn_implementation,
     )
     started = time.monotonic()
-    folder = folder_of(model, pins=parsed.pins)
+    commits = parsed.pins
+    settings = pin_dataset(settings, commits)
+    folder = folder_of(model, pins=commits)
     amax, samples, tokens = _observed(folder, settings, parsed, kv=kv_cache, tell=tell or (lambda done, of: None))
-    _write(target, amax)
+    facts: dict[str, JSON] = {"model": str(model), "dataset": str(dataset), "samples": samples, "tokens": tokens}
+    _write(target, amax, {"by": f"fp4conv {__version__}", **facts, "commits": dict(commits)})
     inputs = sum(name.endswith(".input_amax") for name in amax)
-    seconds = time.monotonic() - started
+    seconds = round(time.monotonic() - started, 3)
     return CalibrateResult(
-        str(model), str(dataset), str(target), inputs, len(amax) - inputs, samples, tokens, round(seconds, 3)
+        str(model), str(dataset), str(target), inputs, len(amax) - inputs, samples, tokens, seconds, commits
     )
 
 
@@ -147,12 +158,14 @@ def _check_names(modules: Iterable[str], model: Model) -> None:
             )
 
 
-def _write(target: Path, amax: dict[str, float]) -> None:
+def _write(target: Path, amax: dict[str, float], facts: Mapping[str, JSON]) -> None:
     from safetensors.numpy import save
 
+    tensors = {name: np.asarray(value, np.float32) for name, value in sorted(amax.items())}
+    said = {"fp4conv": json.dumps(facts)}  # under one key, for safetensors writes several in any order
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_bytes(save({name: np.asarray(value, np.float32) for name, value in sorted(amax.items())}))
+        partial.write_bytes(save(tensors, said))
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
