@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import fp4conv
-from fp4conv.qat.adapters import with_adapters
+from fp4conv.qat.adapters import targets_of, with_adapters
 from fp4conv.qat.backend import Recipe, open_backend
 from fp4conv.qat.made import Task, write_model
+from fp4conv.qat.models import empty_model
 from fp4conv.qat.quantizers import FakeQuantizer
 from fp4conv.qat.settings import settings_from
 
@@ -69,6 +70,41 @@ def test_the_quantiser_sees_the_merged_weight(tmp_path: Path, family: str, dtype
         else:
             assert not different.any(), name
         assert not torch.equal(value, masters[name])
+
+
+ATTENTION = [f"self_attn.{letter}_proj" for letter in "qkvo"]
+FEED_FORWARD = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+EXPERTS = [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layers", "leaves"),
+    [
+        ("llama", {}, (0, 1), [*ATTENTION, *FEED_FORWARD]),
+        ("llama", {"lora_layers": (1,)}, (1,), [*ATTENTION, *FEED_FORWARD]),
+        ("llama", {"lora_modules": ("up_proj", "q_proj")}, (0, 1), [ATTENTION[0], FEED_FORWARD[1]]),
+        ("gpt-oss", {}, (0, 1), [*ATTENTION, *EXPERTS]),
+        ("gpt-oss", {"lora_layers": (0,), "lora_modules": "none"}, (0,), EXPERTS),
+        ("qwen3-moe", {"lora_experts": False}, (0, 1), ATTENTION),
+        ("qwen3-moe", {}, (0, 1), [*ATTENTION, *EXPERTS]),
+    ],
+    ids=str,
+)
+def test_every_layer_asked_for_gets_an_adapter_and_no_other(
+    tmp_path: Path, family: str, options: dict[str, object], layers: list[int], leaves: list[str]
+) -> None:
+    """Beside a linear layer; where that is quantised, and for experts, added to the weight."""
+    write_model(tmp_path, TASK, family=family)
+    settings = settings_from({"lora": True, **options})
+    model = empty_model(tmp_path, settings)
+    names = [f"model.layers.{layer}.{leaf}" for layer in layers for leaf in leaves]
+    linear, experts = ([name for name in names if (".experts." in name) == expert] for expert in (False, True))
+    found = targets_of(model, settings, ())
+    assert sorted(found.modules) == sorted(linear)
+    assert sorted(found.parameters) == sorted(experts)
+    quantised = targets_of(model, settings, [name for name, _ in model.named_parameters()])
+    assert quantised.modules == ()
+    assert sorted(quantised.parameters) == sorted([*(f"{name}.weight" for name in linear), *experts])
 
 
 def test_the_sum_is_rounded_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -155,6 +156,36 @@ def test_a_token_without_an_embedding(models: Path) -> None:
         admission.check_vocabulary(model, [EXAMPLE, Example((1, count), 0)], settings)
 
 
+def test_a_tokenizer_of_another_model(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "llama", tmp_path / "llama")
+    tokenizer_for([*TASK.words(), "new"]).save_pretrained(tmp_path / "llama")
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2"}\n' * 3)
+    check(tmp_path, "llama", dataset=str(tmp_path / "d.jsonl"))
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2"}\n' * 3 + '{"text": "1 new"}\n')
+    with pytest.raises(Fp4convError, match="put the tokenizer of this very model into its folder"):
+        check(tmp_path, "llama", dataset=str(tmp_path / "d.jsonl"))
+
+
+def test_a_disk_that_is_too_small(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp4conv.qat.disk.free_bytes", lambda _: 1000)
+    with pytest.raises(Fp4convError, match="the disk is too small"):
+        check(models, "llama")
+
+
+def test_what_is_told_of_the_examples(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "1 2"}\n{"text": "1 2 3 4"}\n{"text": ""}\n')
+    (tmp_path / "test.jsonl").write_text('{"text": "1 2"}\n{"text": "2 1"}\n')
+    words = {"model": str(models / "llama"), "dataset": str(tmp_path), "format": "mxfp4", "backend": "fp4conv"}
+    told: list[str] = []
+    Work(settings_from({**words, "output": "none", "max_length": 5}), told.append, {}).check()
+    assert told[0] == "2 examples to train on, 2 held out; text, no answers (only prompt/completion rows have them)"
+    assert told[1:4] == [
+        "note: examples longer than max_length 5, which are cut: 1 (--max-length)",
+        "note: examples without a token to learn, which are left out: 1",
+        "warning: 1 held-out examples are among those to train on too",
+    ]
+
+
 def test_zero3_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     admission.check_sharing(settings_from({"gpus": 8}))
@@ -180,6 +211,26 @@ def test_what_several_processes_would_not_train_as_it_is_exported(monkeypatch: p
         admission.check_counted_experts(model, replace(shared, sharding="fsdp2"))  # type: ignore[arg-type]
     for preset in PRESETS.values():
         admission.check_sharing(settings_from(preset.values))
+
+
+@pytest.mark.usefixtures("kernels_on_cpu")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "several processes compute in BF16"),
+        ({"sharding": "zero3", "backend": "modelopt"}, "finds no experts"),
+    ],
+    ids=str,
+)
+def test_they_are_refused_before_anything_is_done(
+    models: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # there may be fewer
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "deepspeed" else find(name))
+    with pytest.raises(Fp4convError, match=message):
+        check(models, "qwen3-moe", gpus=8, **options)
 
 
 def gpus_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:

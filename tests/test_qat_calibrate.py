@@ -165,6 +165,10 @@ def test_words_and_json(reference: Reference, tmp_path: Path, data: Path) -> Non
     found = json.loads(again.stdout)
     assert {key: found[key] for key in ("inputs", "kv", "samples")} == {"inputs": 14, "kv": 0, "samples": 3}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.safetensors", "data.jsonl"]
+    less = run(*words, "--overwrite", "--json", "--kv-cache", "--calib-samples", "2", "--max-length", "4")
+    found = json.loads(less.stdout)
+    assert {key: found[key] for key in ("kv", "samples", "tokens")} == {"kv": 2 * 2, "samples": 2, "tokens": 2 * 4}
+    assert len(load_file(file)) == 14 + 4
 
 
 def test_a_model_on_the_hub_is_taken_at_the_revision_that_was_asked_for(

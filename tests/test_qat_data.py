@@ -81,6 +81,8 @@ def test_without_a_test_split_a_share_is_held_out_and_the_same_one_each_time(tmp
     data = load(path, test_size=0.25)
     assert (len(data.train), len(data.test)) == (15, 5)
     assert data == load(path, test_size=0.25)
+    fewer = load(path, test_size=0.25, eval_samples=2)
+    assert (fewer.train, fewer.test) == (data.train, data.test[:2])
 
 
 def test_what_is_held_out_can_be_had_alone(tmp_path: Path) -> None:
@@ -131,6 +133,7 @@ def test_held_out_rows_that_are_in_training_too_are_counted(tmp_path: Path) -> N
     write(folder / "train.jsonl", {"text": "a"}, {"text": "b"})
     write(folder / "test.jsonl", {"text": "b"}, {"text": "c"}, {"text": "b"})
     assert load(folder).repeated == 2
+    assert load(folder, eval_samples=1).test == load(folder).test[:1]
 
 
 def test_long_examples_are_cut_and_an_answer_cut_off_whole_is_an_error(tmp_path: Path) -> None:

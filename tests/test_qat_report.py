@@ -41,6 +41,12 @@ def test_what_is_told_below_is_below() -> None:
         assert "a GPU; torch 2.0" in text
 
 
+def test_the_table_in_the_card() -> None:
+    made = replace(report(), rows={"original": (Score(1.5, 8, 1, 2), 0.1), "sft": (Score(0.25, 8), 0.1)})
+    _, rows = card(made).split("|---|---:|---:|---:|\n")
+    assert rows.splitlines()[:2] == ["| original | 1.5000 | 1 of 2 | 50.0 % |", "| sft | 0.2500 |  |  |"]
+
+
 def test_what_a_conversion_warned_of_is_in_the_card_the_page_and_the_json() -> None:
     pytest.importorskip("plotly")
     warned = replace(report(), warnings={"upcast": ["input scales of 14 modules have no place"]})

@@ -33,8 +33,9 @@ from fp4conv.qat import steps
 from fp4conv.qat.made import Task, tokenizer_for, write_model, write_task
 from fp4conv.qat.packages import check_packages
 from fp4conv.qat.quantizers import FakeQuantizer
-from fp4conv.qat.scoring import Scoring
-from fp4conv.qat.settings import settings_from
+from fp4conv.qat.run import _binding
+from fp4conv.qat.scoring import Scoring, rows_of
+from fp4conv.qat.settings import Settings, settings_from
 from fp4conv.qat.settings_yaml import read_yaml, to_yaml
 from fp4conv.qat.work import Work
 
@@ -152,11 +153,29 @@ def test_the_table_has_every_model_and_the_export_scores_as_the_model_in_trainin
     by_name = {row["name"]: row for row in rows}
     assert list(by_name) == ["original", "sft", "sft + ptq mxfp4", "sft + ptq nvfp4", "sft + qat", "exported"]
     assert by_name["sft + qat"]["loss"] == by_name["exported"]["loss"] < by_name["original"]["loss"]
+    assert by_name["sft + qat"]["loss"] != by_name["sft"]["loss"] < by_name["original"]["loss"]
     assert all(row["asked"] == len(TASK.rows()[1]) for row in rows)
-    assert (done.out / "report.html").read_text().count("Plotly.newPlot") == 1
+    assert all(row["pass_rate"] == row["passed"] / row["asked"] for row in rows)
+    page = (done.out / "report.html").read_text()
+    assert page.count("Plotly.newPlot") == 1
+    assert all(f"<tr><td>{row['name']}</td><td>{row['loss']:.4f}</td>" in page for row in rows)
+    assert all(f'"name":"{step}"' in page for step in ("sft", "qat"))
     card = (done.out / "export" / "README.md").read_text()
     assert card.startswith("---\n")
     assert "| sft + qat |" in card
+
+
+@pytest.mark.parametrize(
+    ("skip", "rows"),
+    [
+        ((), ["original", "sft", "sft + ptq mxfp4", "sft + ptq nvfp4", "sft + qat", "exported"]),
+        (("sft",), ["original", "ptq mxfp4", "ptq nvfp4", "qat", "exported"]),
+        (("qat",), ["original", "sft", "sft + ptq mxfp4", "sft + ptq nvfp4", "exported"]),
+        (("sft", "export"), ["original", "ptq mxfp4", "ptq nvfp4", "qat"]),
+    ],
+)
+def test_the_rows_of_what_was_done(skip: tuple[str, ...], rows: list[str]) -> None:
+    assert list(rows_of(settings_from({"skip": skip}), trained="qat" not in skip)) == rows
 
 
 def test_the_row_of_the_export_is_measured_on_the_export(tmp_path: Path, done: Run) -> None:
@@ -213,6 +232,9 @@ def test_other_settings_are_refused_by_name_and_machine_settings_are_not(
     assert result.exit_code == 1
     assert "qat_learning_rate was 0.001, is 0.002" in result.output
     assert CliRunner().invoke(main, [*done.words, "--save-steps", "7"]).exit_code == 0
+    may_differ = Settings().values().keys() - _binding(Settings()).keys()
+    machine = {"gpus", "sharding", "max_memory", "output"}
+    assert may_differ == machine | {"save_steps", "logging_steps", "eval_batch_size"}, "all others change a result"
 
 
 def test_a_log_gets_lines_of_progress_and_quiet_nothing(tmp_path: Path, done: Run) -> None:
@@ -270,7 +292,8 @@ def test_a_run_that_diverges_is_stopped(tmp_path: Path, done: Run, steps_of_sft:
 
 def test_without_qat_the_export_has_the_input_scales_that_its_row_was_measured_with(tmp_path: Path) -> None:
     make(tmp_path, "llama")
-    words = command(tmp_path, format="nvfp4", quant_cfg="NVFP4_DEFAULT_CFG", skip="qat", eval_samples=2)
+    chosen = {"quant_cfg": "NVFP4_DEFAULT_CFG", "exclude": "*o_proj"}
+    words = command(tmp_path, format="nvfp4", skip="qat", eval_samples=2, **chosen)
     result = CliRunner().invoke(main, [*words, "--json"])
     assert result.exit_code == 0, result.output
     rows = {row["name"]: row["loss"] for row in json.loads(result.stdout)["rows"]}
@@ -279,7 +302,7 @@ def test_without_qat_the_export_has_the_input_scales_that_its_row_was_measured_w
     assert "model, quantised to NVFP4" in card
     with fp4conv.open(tmp_path / "out" / "export") as exported:
         scales = [name for name in exported.model.calibration if name.endswith("input_scale")]
-        assert len(scales) == 2 * 7  # layers, and linear layers in each
+        assert len(scales) == 2 * 6  # layers, and quantised ones in each
 
 
 def test_what_decoding_the_model_leaves_out_is_told(tmp_path: Path) -> None:
@@ -303,7 +326,12 @@ def test_what_decoding_the_model_leaves_out_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("model/run", "lies in the model"), ("data/run", "lies in the dataset"), ("out/report.json/run", "is a file")],
+    [
+        ("model/run", "lies in the model"),
+        ("data/run", "lies in the dataset"),
+        ("out/report.json/run", "is a file"),
+        ("out/qat", "holds something already, and no run of qat"),
+    ],
 )
 def test_places_that_a_run_does_not_write_to(tmp_path: Path, done: Run, output: str, message: str) -> None:
     result = CliRunner().invoke(main, command(done.root, format="mxfp4", output=done.root / output))
@@ -507,11 +535,18 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers(
     assert "--lora" in result.output
 
 
-def test_missing_packages_are_named_with_what_installs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else object())
-    result = CliRunner().invoke(main, command(tmp_path, format="mxfp4"))
+@pytest.mark.parametrize(
+    ("missing", "changed"),
+    [("torch", {}), ("trl", {}), ("peft", {"lora": True}), ("modelopt", {"backend": "modelopt"})],
+    ids=str,
+)
+def test_missing_packages_are_named_with_what_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, changed: dict[str, object]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else object())
+    result = CliRunner().invoke(main, command(tmp_path, format="mxfp4", **changed))
     assert result.exit_code == 2
-    assert "training needs trl" in result.output
+    assert f"training needs {missing}" in result.output
     assert "pip install 'fp4conv[qat]'" in result.output
 
 
@@ -520,6 +555,25 @@ def test_python_that_trl_does_not_run_on_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match="training needs no_such_package") as caught:
         check_packages("training", ["json", "no_such_package"])
     assert caught.value.hint == "with Python 3.11 or newer, which trl needs: pip install 'fp4conv[qat]'"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "MODEL is missing"),
+        (["M"], "--dataset DATA is missing"),
+        (["M", "--dataset", "d.jsonl"], "--format is missing"),
+        (["M", "--dataset", "d.jsonl", "--format", "mxfp4"], "--output DIR is missing"),
+        (
+            ["M", "--dataset", "d.jsonl", "--format", "mxfp4", "--output", "o", "--skip", "sft", "--skip", "qat"],
+            "fp4conv convert MODEL DIR --to mxfp4",
+        ),
+    ],
+)
+def test_words_that_are_missing_or_leave_nothing_to_train(words: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["qat", *words])
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ def test_the_published_learning_rates_are_the_defaults() -> None:
     assert (Settings().sft_rate, Settings().qat_rate) == (2e-5, 1e-5)
     assert (Settings(lora=True).sft_rate, Settings(lora=True).qat_rate) == (2e-4, 2e-4)
     assert (Settings().scheduler, Settings().min_lr_rate, Settings().dtype) == ("cosine_with_min_lr", 0.1, "bfloat16")
+    assert (Settings().warmup, Settings().calib_samples) == (0.03, 128)
     assert Settings().gradient_checkpointing
 
 
@@ -83,6 +84,8 @@ def test_presets_take_the_published_examples_a_step(name: str, examples: int) ->
     """Examples a device, accumulation and processes of NVIDIA's sft_full.yaml with zero3.yaml, and of sft_lora.yaml."""
     made = settings_of({}, preset_name=name)
     assert made.batch_size * made.gradient_accumulation * made.gpus == examples
+    assert (made.format, made.modules, made.quant_cfg) == ("mxfp4", None, None), "the experts, as the model comes"
+    assert (made.attn_implementation, made.max_length) == ("eager", 4096)
 
 
 @pytest.mark.parametrize("name", PRESETS)

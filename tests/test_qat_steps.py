@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from fp4conv.errors import Fp4convError, PlanError, SourceError, ValuesError
 from fp4conv.qat import steps
 from fp4conv.qat.admission import check_packing
 from fp4conv.qat.backend import Recipe, open_backend
+from fp4conv.qat.data import load_data
 from fp4conv.qat.in_force import check_in_force
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.models import parsed
@@ -39,7 +41,8 @@ SETTINGS: Mapping[str, object] = {
 }
 
 
-def test_calibration_sees_no_padding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [1, 128])
+def test_calibration_sees_the_first_examples_and_no_padding(tmp_path: Path, samples: int) -> None:
     """Amax of inputs by torch's hooks, text by text; padding is made to stand out, and texts are of all lengths."""
     write_model(tmp_path / "model", TASK, family="llama")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -49,19 +52,46 @@ def test_calibration_sees_no_padding(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     texts = [" ".join(map(str, range(1, 2 + i % 4))) for i in range(12)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = settings_from(SETTINGS, {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl")})
-    places = steps.Places(tmp_path / "out")
+    here = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl"), "calib_samples": samples}
+    settings, places = settings_from(SETTINGS, here), steps.Places(tmp_path / "out")
     steps.calibrate(tmp_path / "model", places, settings)
     found = load_file(places.quantizers / "fp4conv/training.safetensors")
 
     seen: list[float] = []
     layer = model.model.layers[0].self_attn.q_proj
     layer.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].abs().max())))
-    tokenizer = tokenizer_for(TASK.words())
     with torch.no_grad():
-        for text in set(texts):
-            model(torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]))
-    assert float(found["model.layers.0.self_attn.q_proj.input_quantizer._amax"]) == pytest.approx(max(seen))
+        for example in load_data(settings, tokenizer_for(TASK.words())).train:
+            model(torch.tensor([example.ids]))
+    assert max(seen[1:]) > seen[0]
+    amax = float(found["model.layers.0.self_attn.q_proj.input_quantizer._amax"])
+    assert amax == pytest.approx(max(seen[:samples]))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "quantised"),
+    [
+        ("llama", {}, r"_proj\.weight$"),
+        ("llama", {"modules": "mlp"}, r"mlp\."),
+        ("llama", {"modules": "mlp", "include": "*.o_proj"}, r"mlp\.|o_proj\."),
+        ("llama", {"exclude": "*layers.1.*"}, r"layers\.0\."),
+        ("llama", {"quant_cfg": "MXFP4_MLP_WEIGHT_ONLY_CFG"}, r"mlp\."),
+        ("gpt-oss", {}, r"\.experts\.\w+_proj$"),
+        ("gpt-oss", {"exclude": "*layers.1.mlp.experts.*"}, r"layers\.0\.\S+\.experts\.\w+_proj$"),
+    ],
+    ids=str,
+)
+def test_what_is_quantised_is_what_the_settings_choose(
+    tmp_path: Path, family: str, options: Mapping[str, object], quantised: str
+) -> None:
+    write_model(tmp_path / "model", TASK, family=family)
+    (tmp_path / "d.jsonl").write_text('{"text": "1 2 3"}\n' * 4)
+    words = {"model": str(tmp_path / "model"), "dataset": str(tmp_path / "d.jsonl"), "backend": "fp4conv"}
+    found = steps.calibrate(
+        tmp_path / "model", steps.Places(tmp_path / "out"), settings_from(words, {"format": "mxfp4"}, options)
+    )
+    matrices = [weight.name for weight in parsed(tmp_path / "model").weights if len(weight.shape) > 1]
+    assert sorted(found.names) == sorted(name for name in matrices if re.search(quantised, name))
 
 
 def fused(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:

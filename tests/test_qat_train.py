@@ -21,11 +21,14 @@ from fp4conv.errors import ValuesError
 from fp4conv.qat import launch, steps
 from fp4conv.qat import train as train_module
 from fp4conv.qat.adamw import Float32AdamW
+from fp4conv.qat.backend import open_backend
 from fp4conv.qat.made import Task, tokenizer_for, write_model
 from fp4conv.qat.models import load_model
 from fp4conv.qat.settings import Settings, settings_from
 from fp4conv.qat.sharing import OptimizerCheck
 from fp4conv.qat.train import CHECKPOINTS, Job, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES, STEPS, WARM_UP = 24, 12, 3
 
@@ -58,7 +61,8 @@ def made(root: Path, **more: object) -> Settings:
 
 @pytest.mark.parametrize(("kind", "peak"), [("sft", 3e-4), ("qat", 7e-5)])
 def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, peak: float) -> None:
-    settings = made(tmp_path)
+    other = {"sft": "qat", "qat": "sft"}[kind]
+    settings = made(tmp_path, **{f"{other}_epochs": 1})
     places = steps.Places(tmp_path / "out")
     steps.calibrate(tmp_path / "model", places, settings)
     out = tmp_path / kind
@@ -71,6 +75,56 @@ def test_steps_and_rates_are_those_of_the_settings(tmp_path: Path, kind: str, pe
     state = json.loads((out / CHECKPOINTS / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([published(step, peak) for step in range(STEPS)])
+
+
+def test_every_setting_of_training_reaches_the_trainer(tmp_path: Path) -> None:
+    settings = settings_from(
+        {"batch_size": 3, "gradient_accumulation": 5, "sft_max_steps": 7, "qat_max_steps": 9, "sft_epochs": 4},
+        {"scheduler": "linear", "warmup": 6, "weight_decay": 0.25, "max_grad_norm": 0.5, "seed": 11},
+        {"packing": True, "max_length": 99, "save_steps": 13, "logging_steps": 17, "qat_epochs": 8},
+    )
+    for kind, limit, epochs in (("sft", 7, 4), ("qat", 9, 8)):
+        told = train_module._arguments(Job(kind, "", str(tmp_path)), settings)
+        assert (told.per_device_train_batch_size, told.gradient_accumulation_steps) == (3, 5)
+        assert (told.max_steps, told.num_train_epochs) == (limit, epochs)
+        assert (told.lr_scheduler_type, told.warmup_steps) == ("linear", 6)
+        assert (told.weight_decay, told.max_grad_norm, told.seed) == (0.25, 0.5, 11)
+        assert (told.packing, told.max_length) == (True, 99)
+        assert (told.save_steps, told.logging_steps) == (13, 17)
+
+
+class Logits(TrainerCallback):  # type: ignore[misc]
+    """Those of the model as training leaves it."""
+
+    def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        self.found = logits(kwargs["model"])
+
+
+def logits(model: object) -> torch.Tensor:
+    assert isinstance(model, torch.nn.Module)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(torch.arange(12)[None] + 4).logits
+    return found
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("fp4conv", ()), ("fp4conv", (1,)), ("modelopt", ())])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_the_merged_model_under_its_quantisers_is_the_one_that_adapters_were_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, layers: tuple[int, ...]
+) -> None:
+    """The same logits, bit for bit: an adapter beside a quantised weight would give others, and none would fail."""
+    settings = made(tmp_path, backend=kind, lora=True, lora_layers=layers, qat_learning_rate=1e-2, qat_max_steps=3)
+    places, trained = steps.Places(tmp_path / "out"), Logits()
+    steps.calibrate(tmp_path / "model", places, settings)
+    monkeypatch.setattr(train_module, "progress", lambda _: trained)
+    steps.qat(tmp_path / "model", places, settings)
+    masters, merged = (load_model(folder, settings) for folder in (tmp_path / "model", places.qat / "model"))
+    values = dict(masters.named_parameters())
+    other = {name for name, value in merged.named_parameters() if not torch.equal(value, values[name])}
+    linear = {f"{name}.weight" for name, each in masters.named_modules() if isinstance(each, torch.nn.Linear)}
+    assert other == {name for name in linear - {"lm_head.weight"} if not layers or "layers.1." in name}
+    open_backend(kind).load(merged, places.quantizers)
+    assert torch.equal(logits(merged), trained.found)
 
 
 class Second(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
