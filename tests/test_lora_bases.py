@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapters import factors, write_adapter
-from checkpoints import Array, array_of, e4m3, noise, read_raw, write_model
+from checkpoints import Array, array_of, config_of, e4m3, noise, read_raw, tree, write_model
 
 import fp4conv
 from fp4conv.errors import Fp4convError, ValuesError
@@ -59,6 +59,26 @@ def test_a_set_touched_in_part_keeps_its_tensor_scale(nvfp4: Path, tmp_path: Pat
     expected = merged_exactly(nvfp4, adapter, tmp_path / "f32")
     found = values(tmp_path / "out", "q_proj")
     assert ((found - expected) ** 2).sum() < 0.02 * (expected**2).sum()
+
+
+def test_what_no_adapter_touches_keeps_its_bytes_and_its_names(nvfp4: Path, tmp_path: Path) -> None:
+    """In another layout the tensor scales would be reciprocals, which round."""
+    adapter = q_adapter(tmp_path / "adapter", 0.01)
+    fp4conv.merge_lora(nvfp4, adapter, tmp_path / "out")
+    before, after = read_raw(nvfp4), read_raw(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed
+    assert all("q_proj" in name and not name.endswith(("scale_2", "global_scale")) for name in changed)
+    assert config_of(tmp_path / "out").keys() == config_of(nvfp4).keys()
+    fp4conv.merge_lora(nvfp4, adapter, tmp_path / "named", to="nvfp4")
+    assert read_raw(tmp_path / "named") == after
+
+
+def test_another_format_has_its_own_layout(nvfp4: Path, tmp_path: Path) -> None:
+    adapter = q_adapter(tmp_path / "adapter", 0.01)
+    assert fp4conv.merge_lora(nvfp4, adapter, tmp_path / "bf16", to="bf16").layout == "hf"
+    assert fp4conv.merge_lora(nvfp4, adapter, tmp_path / "mxfp4", to="mxfp4").layout == "compressed-tensors"
 
 
 def test_a_value_too_large_for_the_kept_scale_is_an_error_and_repair_the_way_out(nvfp4: Path, tmp_path: Path) -> None:
@@ -137,5 +157,7 @@ def test_a_base_in_openais_own_layout(reference: Reference, tmp_path: Path) -> N
     fp4conv.merge_lora(base, adapter, tmp_path / "direct")
     assert read_raw(tmp_path / "ours") == read_raw(tmp_path / "direct")
     fp4conv.merge_lora(base, adapter, tmp_path / "there", layout="openai-original")
+    fp4conv.merge_lora(tmp_path / "original", adapter, tmp_path / "kept")
+    assert tree(tmp_path / "kept") == tree(tmp_path / "there")
     fp4conv.convert(tmp_path / "there", tmp_path / "back", to="mxfp4", layout="openai")
     assert read_raw(tmp_path / "back") == read_raw(tmp_path / "direct")

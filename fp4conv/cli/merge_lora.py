@@ -18,16 +18,25 @@ from fp4conv.formats import TARGETS
 @click.argument("adapter", metavar="ADAPTER")
 @click.argument("dst", metavar="[DST]", required=False)
 @click.option("--to", type=click.Choice(TARGETS), help="Number format of the result. Default: that of BASE.")
-def merge_lora(base: str, adapter: str, dst: str | None, *, to: str | None, **options: object) -> None:
+@click.option(
+    "--layout",
+    metavar="NAME",
+    help="hf, openai, openai-original, modelopt or compressed-tensors. Default: that of BASE; with another --to, what "
+    "servers expect.",
+)
+def merge_lora(
+    base: str, adapter: str, dst: str | None, *, to: str | None, layout: str | None, **options: object
+) -> None:
     """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
 
-    The same as convert BASE DST --lora ADAPTER, with BASE's own format unless --to is given. What the adapter does
-    not touch is copied as it is.
+    The same as convert BASE DST --lora ADAPTER, in the format and layout of BASE unless --to or --layout are given.
+    What the adapter does not touch is copied as it is.
     """
-    from fp4conv.commands.merge_lora import own_format
+    from fp4conv.commands.merge_lora import as_base
 
-    run(base, dst, lora=(adapter,), to=to or own_format(base), **options)  # type: ignore[arg-type]
+    to, layout = as_base(base, to, layout)
+    run(base, dst, lora=(adapter,), to=to, layout=layout, **options)  # type: ignore[arg-type]
 
 
-_OWN = ("src", "dst", "to", "lora")  # what merge-lora spells in its own way
+_OWN = ("src", "dst", "to", "layout", "lora")  # what merge-lora spells in its own way
 merge_lora.params += [parameter for parameter in convert.params if parameter.name not in _OWN]
