@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -219,6 +220,10 @@ def test_wrong_words_are_found_before_the_model_is_loaded(
         fp4conv.calibrate(model, dataset=data, output=tmp_path / "no" / "amax.safetensors")
     with pytest.raises(OutputError, match="is a folder"):
         fp4conv.calibrate(model, dataset=data, output=tmp_path)
+    with pytest.raises(OutputError, match="is the dataset, which is only read"):
+        fp4conv.calibrate(model, dataset=data, output=data, overwrite=True)
+    with pytest.raises(OutputError, match="lies in the dataset, which is only read"):
+        fp4conv.calibrate(model, dataset=folder, output=folder / "train.jsonl", overwrite=True)
     with pytest.raises(PlanError, match=r"are nvfp4[^$]*--to bf16"):
         fp4conv.calibrate(reference("llama-nvfp4-default"), dataset=data, output=file)
     with pytest.raises(PlanError, match="transformers cannot make this model"):
@@ -226,6 +231,19 @@ def test_wrong_words_are_found_before_the_model_is_loaded(
     with pytest.raises(OutputError, match="cannot be written"):
         fp4conv.calibrate(model, dataset=data, output="/proc/amax.safetensors")
     assert not file.exists()
+
+
+def test_the_model_is_only_read(reference: Reference, tmp_path: Path, data: Path) -> None:
+    """Under whatever name it has, and with --overwrite too."""
+    model, link = tmp_path / "model", tmp_path / "link"
+    shutil.copytree(reference("llama-bf16"), model)
+    link.symlink_to(model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    for folder in (model, link):
+        for file in (sorted(before)[-3], "amax.safetensors"):
+            with pytest.raises(OutputError, match="lies in the model, which is only read"):
+                fp4conv.calibrate(model, dataset=data, output=folder / file, overwrite=True)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def test_missing_packages_are_named(

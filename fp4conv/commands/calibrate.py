@@ -70,6 +70,7 @@ def calibrate(
     """
     target = Path(output)
     _check_output(target, overwrite)
+    _check_apart(target, Path(model), Path(dataset))
     check_packages("calibration runs the model, and", _NEEDED)
     parsed = parse(open_source(model))
     _check_format(parsed, str(model))
@@ -133,6 +134,15 @@ def _check_output(target: Path, overwrite: bool) -> None:
         raise OutputError(
             f"cannot be written: {error.strerror}", where=str(target), hint="give another FILE"
         ) from error
+
+
+def _check_apart(target: Path, model: Path, dataset: Path) -> None:
+    """OutputError where FILE would lie in what is only read: with --overwrite it would take the place of a shard."""
+    place = target.parent.resolve() / target.name
+    for path, what in ((model, "model"), (dataset, "dataset")):
+        if path.exists() and place.is_relative_to(path.resolve()):
+            found = f"lies in the {what}" if path.is_dir() else f"is the {what}"
+            raise OutputError(f"{found}, which is only read", where=str(target), hint="give another FILE")
 
 
 def _check_format(model: Model, name: str) -> None:
