@@ -145,6 +145,27 @@ def test_a_day_as_yaml_reads_it_is_a_day(tmp_path: Path) -> None:
     assert settings_of({}, config=tmp_path / "qat.yaml") == made
 
 
+def test_home_is_expanded_in_a_file_as_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "qat.yaml"
+    file.write_text("model: ~/models/m\ndataset: org/name\noutput: ~/run\nsubset: ~\nexclude: ['~/x']\n")
+    made = settings_of({"dataset": "~/chats.jsonl"}, config=file)
+    assert (made.model, made.dataset, made.output) == (
+        f"{tmp_path}/models/m",
+        f"{tmp_path}/chats.jsonl",
+        f"{tmp_path}/run",
+    )
+    assert (made.subset, made.exclude) == (None, ("~/x",))
+    assert settings_of({}, config=file).dataset == "org/name"
+
+
+def test_the_help_of_what_may_be_given_several_times() -> None:
+    shown = " ".join(CliRunner().invoke(main, ["qat", "--help"], terminal_width=100).output.split())
+    assert "(q_proj), all-linear, or none. Repeatable [all-linear] --" in shown.replace("all- linear", "all-linear")
+    assert "Steps to leave out. Repeatable." in shown
+    assert "Rank [8] --" in shown
+
+
 def test_an_unknown_preset_is_named() -> None:
     with pytest.raises(UsageError, match="there is no preset 'tiny'"):
         settings_of({}, preset_name="tiny")

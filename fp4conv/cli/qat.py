@@ -33,9 +33,9 @@ def _option(one: Field[object], kind: object) -> Callable[[F], F]:
     inner = get_args(kind)[0] if get_origin(kind) in (Union, types.UnionType) else kind
     many = get_origin(inner) is tuple
     inner = get_args(inner)[0] if many else inner
-    text = one.metadata["help"] + (
-        "." if one.default is None or one.default in ((), False, True) else f" [{one.default}]"
-    )
+    shown = ", ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+    text = one.metadata["help"] + (". Repeatable" if many else "")
+    text += "." if shown is None or shown in ("", False, True) else f" [{shown}]"
     if inner is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", one.name, default=None, help=text)
     if choices := one.metadata["choices"]:

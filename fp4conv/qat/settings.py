@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fp4conv.errors import UsageError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 BACKENDS = ("modelopt", "fp4conv")
 SHARDINGS = ("fsdp2", "zero3")
 DTYPES = ("bfloat16", "float32")
+PATHS = ("model", "dataset", "output")
 SKIPPABLE = ("sft", "calibrate", "qat", "export", "evaluate")
 
 T = TypeVar("T")
@@ -225,7 +227,9 @@ def checked(key: str, value: object, where: str) -> object:
         )
     made = _typed(key, value, field_types()[key], where)
     _check_range(known[key], made, where)
-    return made
+    # No shell looks into a YAML file; trl would expand its own folder of checkpoints, and so take it out of `output`.
+    home = key in PATHS and isinstance(made, str) and made.startswith("~/")
+    return str(Path(str(made)).expanduser()) if home else made
 
 
 def _typed(key: str, value: object, kind: object, where: str) -> object:
