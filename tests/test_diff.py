@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from checkpoints import Array, array_of, noise, read_raw, tree, unpack, write_model
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 import fp4conv
 from fp4conv.cli import main
@@ -156,6 +157,26 @@ def test_tables_fit_the_terminal(reference: Reference, columns: int, monkeypatch
     assert "SQNR" in shown
     assert "total" in shown
     assert "by layer" in shown
+
+
+@pytest.mark.parametrize(
+    ("columns", "sort"), [(80, "name"), (120, "name"), (160, "name"), (120, "sqnr"), (160, "sqnr")]
+)
+def test_columns_make_room_for_whole_names(
+    reference: Reference, columns: int, sort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp4conv.report import terminal
+
+    monkeypatch.setattr(terminal, "console", lambda stderr=False: Console(width=columns, highlight=False))
+    for layers, *words in (
+        (2, reference("llama-nvfp4-default"), "--reference", reference("llama-bf16")),
+        (3, reference("gptoss-mxfp4"), "--reference", reference("gptoss-bf16")),
+        (2, reference("llama-bf16")),
+    ):
+        lines = run("inspect", *words, "--sort", sort).stdout.splitlines()
+        shown = {line.split()[0] for line in lines if line.strip()}
+        above = "" if sort == "name" else f"model.layers.{{0..{layers - 1}}}."
+        assert {f"{above}post_attention_layernorm.weight", f"{above}self_attn.o_proj.weight"} <= shown
 
 
 def test_sorting_puts_the_worst_first(reference: Reference) -> None:

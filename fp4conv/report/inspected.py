@@ -28,8 +28,8 @@ from fp4conv.report.terminal import grid, warnings_view
 from fp4conv.sizes import format_size
 
 _BARS = "▁▂▃▄▅▆▇█"
-_NAME_WIDTH = 36  # of names that are longer, the rest goes to the next line
 _GAP = 2
+_EDGES = 2  # a blank on either side of the table
 _IN_LAYER = re.compile(r"(?P<layer>.*?\blayers?\.(\{[^}]*\}|\d+))\.(?P<leaf>.+)")
 
 
@@ -108,7 +108,8 @@ def _table(found: Inspected, rows: Sequence[TensorFacts], width: int, grouped: b
     names = [_layer_and_leaf(row.name) if grouped else ("", row.name) for row in rows]
     longest = max((len(leaf) + 2 * bool(layer) for layer, leaf in names), default=0)
     total = _total(found)
-    columns = _fitting(_columns(found), [*rows, total], width - min(max(longest, 6), _NAME_WIDTH))
+    most = max(36, width // 2 - 4)  # of names that are longer, the rest goes to the next line
+    columns = _fitting(_columns(found), [*rows, total], width - _EDGES - min(max(longest, 6), most))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=False)
     table.add_column("tensor", overflow="fold")
     for column in columns:
