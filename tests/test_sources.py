@@ -308,7 +308,7 @@ def test_truncated_shard_is_named(checkpoint: Path) -> None:
 
 
 def test_what_is_there_instead_of_safetensors(tmp_path: Path) -> None:
-    assert "it is empty" in refusal(tmp_path).what
+    assert "it has no files" in refusal(tmp_path).what
     (tmp_path / "notes.txt").touch()
     assert "it holds notes.txt" in refusal(tmp_path).what
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
@@ -320,6 +320,18 @@ def test_what_is_there_instead_of_safetensors(tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     shard(tmp_path / "original" / "model.safetensors", "a")
     assert f"give {tmp_path / 'original'}" in str(refusal(tmp_path).hint)
+
+
+def test_a_folder_of_the_hubs_cache_leads_to_its_snapshot(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    shard(tmp_path / "blobs" / "1234", "a")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1234")
+    error = refusal(tmp_path)
+    assert "at the top of the folder" in error.what
+    assert f"The folder snapshots/abc in it has some: give {snapshot}" in str(error.hint)
+    assert list(open_source(snapshot).tensors) == ["a"]
 
 
 def test_not_a_folder(checkpoint: Path, tmp_path: Path) -> None:

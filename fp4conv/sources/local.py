@@ -110,8 +110,10 @@ class LocalFolder:
             raise SourceError(f"cannot be read: {error.strerror}", where=file) from error
 
     def nested(self) -> Mapping[str, str]:
-        found = [path for path in self.root.glob("*/*" + SUFFIX) if path.name != ADAPTER]
-        return {path.parent.name: str(path.parent) for path in found if not path.parent.name.startswith(".")}
+        cached = "snapshots/*/*"  # where huggingface_hub's cache has the files of models--org--name
+        found = [path for glob in ("*/*", cached) for path in self.root.glob(glob + SUFFIX) if path.name != ADAPTER]
+        inside = [path.parent for path in found if not path.parent.name.startswith(".")]
+        return {folder.relative_to(self.root).as_posix(): str(folder) for folder in inside}
 
 
 def existing_folder(text: str | Path, *, or_hub: bool = True) -> Path:

@@ -152,7 +152,7 @@ def _no_weights(folder: Folder, names: Sequence[str]) -> SourceError:
         pickles = [name for name in names if name.endswith(suffixes)]
         if pickles:
             return SourceError(f"there are no safetensors files, only {kind}: {_some(pickles)}", where=where, hint=hint)
-    holds = f"it holds {_some(names)}" if names else "it is empty"
+    holds = f"it holds {_some(names)}" if names else "it has no files"
     hint = "Give the folder that has config.json and the safetensors files."
     return SourceError(f"there are no safetensors files in the folder; {holds}", where=where, hint=hint)
 
