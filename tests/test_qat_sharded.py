@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,20 +34,24 @@ def test_shards_train_as_one(reference: Reference, tmp_path: Path, name: str, ki
         pytest.importorskip("modelopt.torch.quantization")
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "WORLD_SIZE": str(PROCESSES)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(reference(name)), str(tmp_path / "store"), str(rank), kind, adapted],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    for process in running:
-        said, wrong = process.communicate(timeout=240)
-        assert process.returncode == 0, wrong
-        assert said.strip().endswith("equal")
+    words = [sys.executable, __file__, str(reference(name)), str(tmp_path / "store")]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(PROCESSES):
+            with (tmp_path / f"said-{rank}").open("wb") as said:  # a pipe that nobody reads yet could fill up
+                process = subprocess.Popen(
+                    [*words, str(rank), kind, adapted], env=environment, stdout=said, stderr=subprocess.STDOUT
+                )
+            running.append(process)
+        while None in (codes := [process.poll() for process in running]) and not any(codes):
+            time.sleep(0.05)
+    finally:
+        for process in running:  # one that is left waits for the other as long as gloo does
+            process.kill()
+            process.wait()
+    told = [(tmp_path / f"said-{rank}").read_text() for rank in range(PROCESSES)]
+    assert [process.returncode for process in running] == [0] * PROCESSES, "\n".join(told)
+    assert all(text.strip().endswith("equal") for text in told), told
 
 
 def work(folder: Path, store: Path, rank: int, kind: str, adapted: str) -> None:
@@ -54,6 +60,7 @@ def work(folder: Path, store: Path, rank: int, kind: str, adapted: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
+    atexit.register(os._exit, 8)  # where it fails, without taking the interpreter down, which gloo's threads may abort
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     ids = torch.arange(24)[None] * 5 % 199
     whole, sharded = (prepared(folder, ids, kind, lora=bool(adapted)) for _ in range(2))
