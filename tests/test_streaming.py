@@ -60,13 +60,20 @@ class Away:
         self._partial = partial
         self._shelf = shelf
         self._stop_after = stop_after
+        self._on_the_way: list[threading.Timer] = []
         shelf.mkdir(exist_ok=True)
 
     def take(self, file: str, gone: Callable[[], None]) -> None:
         if self._stop_after is not None and len(self.taken) >= self._stop_after:
             raise OutputError("the way is closed")
         self.taken.append(file)
-        threading.Timer(0.05, self._move, (file, gone)).start()
+        self._on_the_way.append(threading.Timer(0.05, self._move, (file, gone)))
+        self._on_the_way[-1].start()
+
+    def settle(self) -> None:
+        """Wait until all that was taken lies on the shelf."""
+        for each in self._on_the_way:
+            each.join()
 
     def check(self) -> None:
         """Nothing goes wrong between two shards."""
@@ -132,7 +139,7 @@ def test_a_stopped_run_goes_on_without_what_was_taken(dense: Path, tmp_path: Pat
     first = Away(tmp_path / "dst.partial", tmp_path / "shelf", stop_after=3)
     with pytest.raises(OutputError, match="the way is closed"):
         stream(plan, tmp_path / "dst", bound, first)
-    time.sleep(0.2)
+    first.settle()
     sent = [name for name in first.taken if (tmp_path / "shelf" / name).exists()]
     assert len(sent) >= 3
     second = Away(tmp_path / "dst.partial", tmp_path / "shelf", sent=sent)
@@ -148,7 +155,7 @@ def test_a_smaller_bound_on_the_way_makes_the_rest_again(dense: Path, tmp_path: 
     first = Away(tmp_path / "dst.partial", tmp_path / "shelf", stop_after=2)
     with pytest.raises(OutputError):
         stream(plan, tmp_path / "dst", 10 * smallest_disk(plan, {}), first, workers=4)
-    time.sleep(0.2)
+    first.settle()
     sent = [name for name in first.taken if (tmp_path / "shelf" / name).exists()]
     bound = smallest_disk(plan, {})
     second = Away(tmp_path / "dst.partial", tmp_path / "shelf", sent=sent)
