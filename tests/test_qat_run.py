@@ -317,7 +317,7 @@ def test_without_qat_the_export_has_the_input_scales_that_its_row_was_measured_w
         assert len(scales) == 2 * 6  # layers, and quantised ones in each
 
 
-def test_what_decoding_the_model_leaves_out_is_told(tmp_path: Path) -> None:
+def test_what_the_conversions_warn_of_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source with quantised inputs: their scales have no place in the dense model that is trained."""
     make(tmp_path, "llama")
     shutil.move(tmp_path / "model", tmp_path / "dense")
@@ -328,12 +328,15 @@ def test_what_decoding_the_model_leaves_out_is_told(tmp_path: Path) -> None:
     fp4conv.convert(
         tmp_path / "dense", tmp_path / "model", to="nvfp4", input_scales=str(tmp_path / "inputs.safetensors")
     )
+    quantise = steps.quantise
+    monkeypatch.setattr(steps, "quantise", lambda *at, **options: (*quantise(*at, **options), "as for the export"))
     words = command(tmp_path, format="mxfp4", skip="qat", sft_max_steps=1, eval_samples=1)
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    [warned] = re.findall(r"^warning: (.*)$", result.stderr, re.MULTILINE)
+    warned, of_export = re.findall(r"^warning: (.*)$", result.stderr, re.MULTILINE)
+    assert of_export == "as for the export"
     assert warned.startswith("the input scales of 14 modules are left out")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["warnings"] == {"upcast": [warned]}
+    assert Run(tmp_path, ()).report["warnings"] == {"upcast": [warned], "export": [of_export]}
 
 
 @pytest.mark.parametrize(
