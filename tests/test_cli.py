@@ -116,14 +116,15 @@ def test_examples_run(
 
 
 def test_demo(tmp_path: Path) -> None:
-    shown = run("demo", tmp_path / "demo")
+    shown = run("demo", tmp_path / "the demo")
     assert shown.exit_code == 0, shown.stderr
+    assert f"fp4conv inspect '{tmp_path}/the demo/nvfp4'" in shown.stdout
     assert "SQNR" in shown.stdout
     assert shown.stdout.count("all equal") == 2, "MXFP4 -> NVFP4 and MXFP4 -> BF16 lose nothing"
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"bf16", "mxfp4", "nvfp4", "bf16-again"}
-    again = run("demo", tmp_path / "demo")
+    assert {path.name for path in (tmp_path / "the demo").iterdir()} == {"bf16", "mxfp4", "nvfp4", "bf16-again"}
+    again = run("demo", tmp_path / "the demo")
     assert again.exit_code == 1
-    assert str(tmp_path / "demo") in again.stderr
+    assert str(tmp_path / "the demo") in again.stderr
 
 
 def test_demo_writes_into_no_folder_that_has_something(tmp_path: Path) -> None:

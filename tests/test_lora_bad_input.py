@@ -177,6 +177,12 @@ def test_configs_of_what_is_not_merged_here_are_refused(
     assert "adapter_config.json" in str(error.where)
 
 
+def test_a_folder_that_is_not_there_is_not_asked_for_a_model(tmp_path: Path, base: Path) -> None:
+    error = refused(tmp_path, base, tmp_path / "no" / "such" / "adapter")
+    assert error.where == str(tmp_path / "no" / "such" / "adapter")
+    assert "the folder that has adapter_config.json and adapter_model.safetensors" in str(error.hint)
+
+
 def test_a_folder_that_is_no_adapter(tmp_path: Path, base: Path) -> None:
     assert "has no adapter_model.safetensors" in refused(tmp_path, base, base).what
     adapter = write_adapter(tmp_path / "adapter", factors(Q, 32, 64))

@@ -153,19 +153,19 @@ def run(*arguments: str | Path) -> Result:
 
 
 def test_words_and_json(reference: Reference, tmp_path: Path, data: Path) -> None:
-    file = tmp_path / "amax.safetensors"
+    file = tmp_path / "the amax.safetensors"
     words = (reference("llama-bf16"), "--dataset", data, "--output", file)
     said = run(*words)
     assert said.exit_code == 0, said.output
     assert "the amax of 14 inputs, over 3 examples with " in said.stdout
-    assert f"fp4conv convert {reference('llama-bf16')} DST --to nvfp4 --input-scales {file}" in said.stdout
+    assert f"fp4conv convert {reference('llama-bf16')} DST --to nvfp4 --input-scales '{file}'" in said.stdout
     refused = run(*words)
     assert refused.exit_code == 1
     assert "exists already" in refused.stderr
     again = run(*words, "--overwrite", "--json")
     found = json.loads(again.stdout)
     assert {key: found[key] for key in ("inputs", "kv", "samples")} == {"inputs": 14, "kv": 0, "samples": 3}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["amax.safetensors", "data.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "the amax.safetensors"]
     less = run(*words, "--overwrite", "--json", "--kv-cache", "--calib-samples", "2", "--max-length", "4")
     found = json.loads(less.stdout)
     assert {key: found[key] for key in ("kv", "samples", "tokens")} == {"kv": 2 * 2, "samples": 2, "tokens": 2 * 4}
@@ -216,8 +216,8 @@ def test_wrong_words_are_found_before_the_model_is_loaded(
         (folder / f"{split}.jsonl").write_text(data.read_text())
     with pytest.raises(UsageError, match="has no split 'valid'; it has held-out, train"):
         fp4conv.calibrate(model, dataset=folder, output=file, train_split="valid")
-    with pytest.raises(OutputError, match="mkdir"):
-        fp4conv.calibrate(model, dataset=data, output=tmp_path / "no" / "amax.safetensors")
+    with pytest.raises(OutputError, match=f"mkdir -p '{tmp_path}/no such'"):
+        fp4conv.calibrate(model, dataset=data, output=tmp_path / "no such" / "amax.safetensors")
     with pytest.raises(OutputError, match="is a folder"):
         fp4conv.calibrate(model, dataset=data, output=tmp_path)
     with pytest.raises(OutputError, match="is the dataset, which is only read"):

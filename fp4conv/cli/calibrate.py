@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
 from fp4conv.cli.group import epilog
@@ -59,5 +61,5 @@ def run(model: str, *, quiet: bool, as_json: bool, **options: object) -> None:
     click.echo(
         f"{result.output}: the amax of {result.inputs} inputs{kv}, over {result.samples} examples with "
         f"{result.tokens:,} tokens, in {result.seconds:.1f} s\n"
-        f"next: fp4conv convert {model} DST --to nvfp4 --input-scales {result.output}"
+        f"next: {shlex.join(['fp4conv', 'convert', model, 'DST', '--to', 'nvfp4', '--input-scales', result.output])}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -30,4 +31,5 @@ def demo(directory: str | None, as_json: bool) -> None:
 
     print_view(tour_view(tour.source_bytes, [(stop.name, stop.exact, stop.result) for stop in tour.stops]))
     if directory:
-        click.echo(f"\nThe checkpoints are in {directory}. Look at one:  fp4conv inspect {Path(directory) / 'nvfp4'}")
+        look = shlex.join(["fp4conv", "inspect", str(Path(directory) / "nvfp4")])
+        click.echo(f"\nThe checkpoints are in {directory}. Look at one:  {look}")

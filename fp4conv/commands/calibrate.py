@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -126,7 +127,8 @@ def _check_output(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise OutputError("exists already", where=str(target), hint="give another name, or --overwrite")
     if not target.parent.is_dir():
-        raise OutputError("its folder does not exist", where=str(target), hint=f"make it: mkdir -p {target.parent}")
+        make = shlex.join(["mkdir", "-p", str(target.parent)])
+        raise OutputError("its folder does not exist", where=str(target), hint=f"make it: {make}")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -152,7 +154,7 @@ def _check_format(model: Model, name: str) -> None:
         raise PlanError(
             f"its weights are {' and '.join(sorted(quantized))}, which transformers does not run as they are",
             where=name,
-            hint=f"calibrate the BF16 model; or upcast it first: fp4conv convert {name} DIR --to bf16",
+            hint=f"calibrate the BF16 model; or upcast it first: fp4conv convert {shlex.quote(name)} DIR --to bf16",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +109,7 @@ def _check_sound(verified: Verified) -> None:
         f"it has {len(errors)} error{'s' if len(errors) > 1 else ''}, so it is not published. The first: "
         f"{first.tensor or first.file or 'the folder'}: found {first.found}; expected {first.expected}",
         where=verified.source,
-        hint=f"fp4conv verify {verified.source} shows them all, and what to do.",
+        hint=f"fp4conv verify {shlex.quote(verified.source)} shows them all, and what to do.",
     )
 
 

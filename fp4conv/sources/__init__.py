@@ -54,7 +54,7 @@ def open_adapter(text: str | Path, pins: Mapping[str, str] | None = None) -> Sou
     name = _on_hub(text)
     if name is not None:
         return HubSource(name, (ADAPTER,), pins=pins or {})
-    root = existing_folder(text)
+    root = existing_folder(text, holds=f"adapter_config.json and {ADAPTER}")
     if not (root / ADAPTER).exists():
         raise SourceError(f"has no {ADAPTER}", where=str(text), hint="Give the folder that peft saved the adapter in.")
     return LocalSource(root, (ADAPTER,), name=str(text))

@@ -116,10 +116,12 @@ class LocalFolder:
         return {folder.relative_to(self.root).as_posix(): str(folder) for folder in inside}
 
 
-def existing_folder(text: str | Path, *, or_hub: bool = True) -> Path:
+def existing_folder(
+    text: str | Path, *, holds: str = "config.json and the safetensors files", or_hub: bool = True
+) -> Path:
     """The folder that `text` names, links resolved; SourceError where there is none.
 
-    `or_hub`: whether a repository on the Hub would have done too, so that the error says it.
+    `holds`: what is looked for in it. `or_hub`: whether a repository on the Hub would have done too. Errors say both.
     """
     root = Path(text)
     where = str(text)
@@ -134,7 +136,7 @@ def existing_folder(text: str | Path, *, or_hub: bool = True) -> Path:
         return root.resolve()
     if there:
         raise SourceError("is a file, expected a folder", where=where, hint=f"Give the folder: {root.parent}")
-    hint = "Give the folder that has config.json and the safetensors files"
+    hint = f"Give the folder that has {holds}"
     if or_hub:
         hint += ", or a repository on the Hub: org/name, org/name@revision, hf://org/name/subfolder"
     raise SourceError("no such folder", where=where, hint=hint)
