@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fp4conv.errors import PlanError, SourceError
+from fp4conv.errors import PlanError, SourceError, UsageError
 from fp4conv.families import module_of, shared_set_of
 from fp4conv.formats import E4M3, NVFP4, NVFP4_AMAX_DIVISOR, BlockFormat
 from fp4conv.layouts import Layout
@@ -82,7 +82,7 @@ def input_scales_for(
     modules = [weight.module for weight in model.weights if weight.name in chosen]
     takes = target is not None and target.name == NVFP4.name
     if wanted.mode in (InputScaleMode.CONSTANT, InputScaleMode.FILE) and not takes:
-        raise PlanError("only NVFP4 has input scales", hint="leave --input-scales out")
+        raise UsageError("only NVFP4 has input scales", hint="leave --input-scales out")
     if wanted.mode is InputScaleMode.CONSTANT:
         return dict.fromkeys(modules, _f32(1.0)), []
     if wanted.mode is InputScaleMode.FILE:

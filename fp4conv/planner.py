@@ -175,10 +175,10 @@ def _resolve(model: Model, options: Options) -> tuple[BlockFormat | None, Layout
 
 
 def layout_for(to: str, name: str | None, family: Family) -> Layout:
-    """The layout of a result in `to`, by its `name` or (None) by default. PlanError where it does not hold `to`."""
+    """The layout of a result in `to`, by its `name` or (None) by default. UsageError where it does not hold `to`."""
     layout, target = layout_named(name) if name else default_layout(to, family), BLOCK_FORMATS.get(to)
     if (target.name if target else None) not in (layout.formats or (None,)):
-        raise PlanError(
+        raise UsageError(
             f"the {layout.name} layout does not hold {to}",
             hint=f"leave --layout out, or use --layout {default_layout(to, family).name}",
         )

@@ -188,6 +188,12 @@ def test_sorting_puts_the_worst_first(reference: Reference) -> None:
         assert len(known) > 10
 
 
+def test_csv_and_json_are_two_outputs(reference: Reference) -> None:
+    refused = CliRunner().invoke(main, ["inspect", str(reference("llama-bf16")), "--csv", "--json"])
+    assert refused.exit_code == 2
+    assert "give one of them" in refused.output
+
+
 def test_csv_has_a_line_a_tensor(reference: Reference) -> None:
     shown = run("inspect", reference("llama-bf16"), "--csv", "--as", "nvfp4").stdout
     lines = list(csv.DictReader(io.StringIO(shown)))

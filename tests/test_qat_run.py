@@ -243,7 +243,10 @@ def test_other_settings_are_refused_by_name_and_machine_settings_are_not(
         result = CliRunner().invoke(main, [*done.words, "--qat-learning-rate", "2e-3"])
     assert result.exit_code == 1
     assert "qat_learning_rate was 0.001, is 0.002" in result.output
-    assert CliRunner().invoke(main, [*done.words, "--save-steps", "7"]).exit_code == 0
+    going_on = CliRunner().invoke(main, [*done.words, "--save-steps", "7"])
+    assert going_on.exit_code == 0
+    last = going_on.stdout.replace("\n", "")  # long names are folded
+    assert last.endswith(f"checkpoint: {done.out / 'export'}page: {done.out / 'report.html'}")
     may_differ = Settings().values().keys() - _binding(Settings()).keys()
     machine = {"gpus", "sharding", "max_memory", "output"}
     assert may_differ == machine | {"save_steps", "logging_steps", "eval_batch_size"}, "all others change a result"

@@ -241,7 +241,9 @@ def test_mkdir_refused_by_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyP
         whole(path, mode, parents, exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", refuse_partial)
-    assert "cannot be made: Permission denied" in refused(tmp_path / "new" / "dst").what
+    error = refused(tmp_path / "new" / "dst")
+    assert "cannot be made: Permission denied" in error.what
+    assert error.hint == "Give another DST."
     assert everything(tmp_path) == {}
 
 

@@ -69,6 +69,8 @@ def inspect(
     Values are streamed within --max-memory. Tensors that differ in layer and expert numbers alone share a line, with
     their figures taken together; --tensor and --json list each.
     """
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json both go to stdout: give one of them")
     if rows is not None or codes:
         if tensor is None:
             raise click.UsageError("--rows and --codes need --tensor GLOB: whose numbers?")

@@ -92,3 +92,5 @@ def run(
         print_json(report.to_json())
         return
     print_view(command.view(report))
+    for made in command.results(report):
+        click.echo(made)

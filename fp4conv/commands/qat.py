@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fp4conv.qat.report import Report
 
-__all__ = ["PRESETS", "Settings", "field_types", "print_config", "qat", "settings_of", "view"]
+__all__ = ["PRESETS", "Settings", "field_types", "print_config", "qat", "results", "settings_of", "view"]
 
 
 def qat(
@@ -68,6 +68,16 @@ def view(report: Report) -> RenderableType:
     from fp4conv.qat.report import view as made
 
     return made(report)
+
+
+def results(report: Report) -> list[str]:
+    """Where the checkpoint to serve and the page to look at lie, a line each, of those that were made."""
+    from fp4conv.qat.steps import Places
+    from fp4conv.qat.written import REPORT_HTML
+
+    places = Places(Path(str(report.settings.output)))
+    made = {"checkpoint": places.export, "page": places.root / REPORT_HTML}
+    return [f"{what}: {path}" for what, path in made.items() if path.exists()]
 
 
 def _command_line(options: Mapping[str, object], config: str | Path | None, preset_name: str | None) -> str:

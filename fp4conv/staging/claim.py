@@ -196,7 +196,9 @@ def _begin(places: Places, fingerprint: str, command: str, pins: Mapping[str, st
         try:
             places.partial.mkdir(exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot be made: {error.strerror}", where=str(places.partial)) from error
+            raise OutputError(
+                f"cannot be made: {error.strerror}", where=str(places.partial), hint="Give another DST."
+            ) from error
         journal = Journal(places.partial / JOURNAL_NAME)
     except BaseException:
         if not any(places.partial.iterdir() if places.partial.exists() else ()):

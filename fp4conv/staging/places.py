@@ -126,7 +126,9 @@ def make_parents(places: Places) -> tuple[Path, ...]:
         except OSError as error:
             for made in reversed(missing[:number]):
                 made.rmdir()
-            raise OutputError(f"cannot be made: {error.strerror}", where=str(folder)) from error
+            raise OutputError(
+                f"cannot be made: {error.strerror}", where=str(folder), hint="Give another DST."
+            ) from error
     return tuple(missing)
 
 
