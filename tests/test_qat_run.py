@@ -191,18 +191,6 @@ def test_the_row_of_the_export_is_measured_on_the_export(tmp_path: Path, done: R
     assert scoring.score("exported").loss == pytest.approx(np.log(vocabulary), rel=1e-3)
 
 
-def test_an_export_that_computes_something_else_stops_the_run(tmp_path: Path, done: Run) -> None:
-    """Every weight is as trained, and the config is not."""
-    shutil.copytree(done.out, tmp_path / "out")
-    places = steps.Places(tmp_path / "out")
-    file = places.export / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "rms_norm_eps": 1e-2}))
-    settings = settings_from(read_yaml(tmp_path / "out" / "qat.yaml"))
-    with pytest.raises(ValuesError, match="not those of the model in training") as caught:
-        Scoring(done.root / "model", places.sft / "model", places, settings, ()).compare()
-    assert caught.value.where == str(places.export)
-
-
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

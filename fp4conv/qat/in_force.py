@@ -37,9 +37,9 @@ def check_in_force(model: torch.nn.Module, backend: Backend, batch: Batch) -> No
     with _repeatable():
         with _idle(model) as idle:
             first = _logits(model, batch)
-        noise = float(apart(first, _logits(model, batch)).max())
+        noise = _largest(first, _logits(model, batch))
         bake(model, backend)
-        found = float(apart(first, _logits(model, batch)).max())
+        found = _largest(first, _logits(model, batch))
     if math.isnan(found):
         raise ValuesError(
             "its logits for the first training example are no numbers, with fake quantisers on",
@@ -62,9 +62,9 @@ def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return found
 
 
-def apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How far logits are apart, each; NaN where one is NaN. What is masked with -inf in both is no difference."""
-    return torch.where(one == other, 0.0, one - other).abs()
+def _largest(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference; NaN where one has a NaN. An output that is masked with -inf in both is no difference."""
+    return float(torch.where(one == other, 0.0, one - other).abs().max())
 
 
 @contextmanager
