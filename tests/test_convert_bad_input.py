@@ -339,7 +339,7 @@ def test_gpt_oss_mxfp4_holds_experts_only(reference: Reference, tmp_path: Path) 
 def test_layouts_that_cannot_hold_the_format(tmp_path: Path) -> None:
     source = write_model(tmp_path / "src", dense())
     for layout, to in (("hf", "nvfp4"), ("modelopt", "mxfp4"), ("openai", "nvfp4"), ("modelopt", "bf16")):
-        refused(source, "--layout", layout, to=to, says=(layout, to, "--layout"))
+        refused(source, "--layout", layout, to=to, says=(layout, to, "--layout"), code=2)
     refused(source, "--layout", "openai", to="mxfp4", says=("gpt-oss", "--layout compressed-tensors"))
 
 

@@ -21,20 +21,20 @@ from fp4conv.formats import TARGETS
 @click.option(
     "--layout",
     metavar="NAME",
-    help="hf, openai, openai-original, modelopt or compressed-tensors. Default: that of BASE; with another --to, what "
-    "servers expect.",
+    help="hf, openai, openai-original, modelopt or compressed-tensors. Default: what servers expect, but "
+    "compressed-tensors for an NVFP4 BASE in it, unless --for is given.",
 )
 def merge_lora(
     base: str, adapter: str, dst: str | None, *, to: str | None, layout: str | None, **options: object
 ) -> None:
     """Merge the LoRA adapter in ADAPTER into the checkpoint in BASE, and write DST.
 
-    The same as convert BASE DST --lora ADAPTER, in the format and layout of BASE unless --to or --layout are given.
-    What the adapter does not touch is copied as it is.
+    The same as convert BASE DST --lora ADAPTER, in BASE's own format unless --to is given. What the adapter does
+    not touch is copied as it is.
     """
     from fp4conv.commands.merge_lora import as_base
 
-    to, layout = as_base(base, to, layout)
+    to, layout = as_base(base, to, layout, options["for_server"])
     run(base, dst, lora=(adapter,), to=to, layout=layout, **options)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""`merge_lora`: an adapter into its base, which keeps its number format and its layout."""
+"""`merge_lora`: an adapter into its base, which keeps its number format, and the bytes of what is not touched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fp4conv.commands.convert import convert
 from fp4conv.errors import UsageError
 from fp4conv.formats import TARGETS
 from fp4conv.layouts import layout_named, parse
-from fp4conv.model import Model, Stored
+from fp4conv.model import Decoded, Model
 from fp4conv.sources import open_source
 
 if TYPE_CHECKING:
@@ -30,19 +30,21 @@ def merge_lora(
 
         fp4conv.merge_lora("gpt-oss-20b", "my-lora", "gpt-oss-20b-tuned")
 
-    The same as `convert(base, destination, lora=[adapter])`, with `to` and `layout` those of the base unless they are
-    given. `options`, the result and the errors are those of `convert`. What no adapter touches is copied as it is.
+    The same as `convert(base, destination, lora=[adapter])`, with `to` the base's own format unless it is given, and an
+    NVFP4 base of compressed-tensors in its own layout unless `layout` or `for_server` is. `options`, the result and the
+    errors are those of `convert`. What no adapter touches is copied as it is.
     """
     adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
-    to, layout = as_base(base, to, layout)
+    to, layout = as_base(base, to, layout, options.get("for_server"))
     return convert(base, destination, to=to, layout=layout, lora=adapters, **options)  # type: ignore[arg-type]
 
 
-def as_base(base: str | Path, to: str | None, layout: str | None) -> tuple[str, str | None]:
-    """`to` and `layout`, or where they are None those of the checkpoint in `base`.
+def as_base(base: str | Path, to: str | None, layout: str | None, for_server: object = None) -> tuple[str, str | None]:
+    """`to` and `layout`, or where they are None those with which what no adapter touches keeps its bytes.
 
-    The layout stays None, for the default of `to`, where `base` has another format than `to` or lies in a layout that
-    is read and not written. Raises UsageError where `base` has no format that is written.
+    `to` is then the format of `base`, and `layout` stays None, for the default of `to`, unless `base` is in one that
+    stores reciprocals and no `for_server` asks for another. Raises UsageError where `base` has no format that is
+    written.
     """
     if to is not None and layout is not None:
         return to, layout
@@ -53,12 +55,13 @@ def as_base(base: str | Path, to: str | None, layout: str | None) -> tuple[str, 
             hint=f"say which one the result should have: --to {', --to '.join(TARGETS)}",
         )
     to = to or model.format_name
-    return to, layout or (_written_layout(model) if to == model.format_name else None)
+    stays = layout is None and for_server is None and to == model.format_name
+    return to, _with_reciprocals(model) if stays else layout
 
 
-def _written_layout(model: Model) -> str | None:
-    """The layout that `model` is in, if that can be written with all that is quantised in it."""
+def _with_reciprocals(model: Model) -> str | None:
+    """The layout that `model` is in where another would round its scales, and where it can be written again."""
     layout = layout_named(model.layout)
-    quantized = [weight for weight in model.weights if not isinstance(weight.base, Stored)]
-    holds = (model.format_name in layout.formats) if quantized else not layout.formats
-    return layout.name if holds and not any(layout.refusal(each, model.family) for each in quantized) else None
+    quantized = [weight for weight in model.weights if isinstance(weight.base, Decoded)]
+    rounds = any(isinstance(weight.base, Decoded) and weight.base.inverse for weight in quantized)
+    return layout.name if rounds and not any(layout.refusal(each, model.family) for each in quantized) else None
