@@ -199,6 +199,14 @@ def test_the_file_says_of_what_it_is(data_hub: Hub, reference: Reference, tmp_pa
 # ---- what is refused
 
 
+@pytest.mark.parametrize("what", ["model", "dataset"])
+def test_a_name_that_no_file_can_have(reference: Reference, tmp_path: Path, data: Path, what: str) -> None:
+    words = {"model": str(reference("llama-bf16")), "dataset": str(data), what: "a" * 300}
+    refused = run(words["model"], "--dataset", words["dataset"], "--output", tmp_path / "amax.safetensors")
+    assert isinstance(refused.exception, SystemExit)
+    assert "aaa" in refused.stderr
+
+
 def test_wrong_words_are_found_before_the_model_is_loaded(
     reference: Reference, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

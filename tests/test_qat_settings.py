@@ -194,3 +194,13 @@ def test_the_command_that_a_call_from_python_is_told_by_does_the_same(
     assert (settings.seed, settings.batch_size, settings.skip) == (7, 8, ("sft", "export"))
     result = CliRunner().invoke(main, [*shlex.split(told)[1:], "--print-config"])
     assert result.stdout == to_yaml(settings)
+
+
+def test_a_home_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    assert settings_from({"output": "out"}).output == "out"
+    with pytest.raises(UsageError, match=r"output is ~/out, and there is no home[^$]*the whole path"):
+        settings_from({"output": "~/out"})

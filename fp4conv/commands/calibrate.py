@@ -142,7 +142,11 @@ def _check_apart(target: Path, model: Path, dataset: Path) -> None:
     """OutputError where FILE would lie in what is only read: with --overwrite it would take the place of a shard."""
     place = target.parent.resolve() / target.name
     for path, what in ((model, "model"), (dataset, "dataset")):
-        if path.exists() and place.is_relative_to(path.resolve()):
+        try:
+            inside = path.exists() and place.is_relative_to(path.resolve())
+        except OSError:
+            continue  # a name that the system does not take: whoever opens it says so
+        if inside:
             found = f"lies in the {what}" if path.is_dir() else f"is the {what}"
             raise OutputError(f"{found}, which is only read", where=str(target), hint="give another FILE")
 

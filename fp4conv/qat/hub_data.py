@@ -54,7 +54,7 @@ def pin_dataset(settings: Settings, pins: dict[str, str]) -> Settings:
     UsageError or SourceError for a dataset that is not there.
     """
     text = str(settings.dataset)
-    if Path(text).exists():
+    if _is_here(text):
         return settings
     named = hub_data(text)
     try:
@@ -91,6 +91,13 @@ def read_hub(named: HubData, subset: str | None) -> tuple[Mapping[str, Iterable[
             hint="see that the Hub can be reached, and that HF_HUB_OFFLINE is not set; then run the same command again",
         )
     return splits, found
+
+
+def _is_here(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except OSError:
+        return False  # a name that the system does not take
 
 
 def _commit_of(split: object) -> str | None:

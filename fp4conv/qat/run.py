@@ -125,7 +125,11 @@ def _check_place(root: Path, settings: Settings) -> None:
     """OutputError where the run would write into its model or its dataset, or could not write at all."""
     for name in ("model", "dataset"):
         place = Path(str(getattr(settings, name)))
-        if place.is_dir() and root.resolve().is_relative_to(place.resolve()):
+        try:
+            inside = place.is_dir() and root.resolve().is_relative_to(place.resolve())
+        except OSError:
+            continue  # a name that the system does not take: whoever opens it says so
+        if inside:
             raise OutputError(f"lies in the {name}, which is only read", where=str(root), hint="give another --output")
     there = nearest_existing(root.absolute())
     if not there.is_dir():

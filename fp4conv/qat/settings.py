@@ -229,7 +229,14 @@ def checked(key: str, value: object, where: str) -> object:
     _check_range(known[key], made, where)
     # No shell looks into a YAML file; trl would expand its own folder of checkpoints, and so take it out of `output`.
     home = key in PATHS and isinstance(made, str) and made.startswith("~/")
-    return str(Path(str(made)).expanduser()) if home else made
+    return _expanded(key, str(made), where) if home else made
+
+
+def _expanded(key: str, path: str, where: str) -> str:
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise UsageError(f"{key} is {path}, and there is no home", where=where, hint="give the whole path") from error
 
 
 def _typed(key: str, value: object, kind: object, where: str) -> object:
